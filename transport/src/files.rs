@@ -1,0 +1,168 @@
+//! Writing files so that a crash leaves the old content or the new one, never half of it, and so that
+//! secrets are never readable by others, not even for a moment.
+//!
+//! It must not know what the files mean.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Mode of files that hold secrets.
+const PRIVATE_FILE_MODE: u32 = 0o600;
+/// Mode of files that anybody may read.
+const PUBLIC_FILE_MODE: u32 = 0o644;
+/// Mode of directories that hold secrets.
+const PRIVATE_DIR_MODE: u32 = 0o700;
+
+/// Writes `bytes` to `path` with mode 0600: a temporary file beside it, fsync, rename, fsync of the directory.
+///
+/// The mode is 0600 also if the file existed with another one, as it is replaced.
+///
+/// # Errors
+/// Whatever the file system says; the temporary file is removed then.
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace(path, bytes, PRIVATE_FILE_MODE)
+}
+
+/// Writes `bytes` to `path` with mode 0644 (less the umask), otherwise like [`write_private`].
+///
+/// # Errors
+/// Whatever the file system says; the temporary file is removed then.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace(path, bytes, PUBLIC_FILE_MODE)
+}
+
+/// Creates `path` and what is missing above it. `path` itself gets mode 0700, also if it existed.
+///
+/// # Errors
+/// Whatever the file system says; also if `path` is something else than a directory.
+pub fn create_private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(PRIVATE_DIR_MODE)
+        .create(path)?;
+    let metadata = fs::metadata(path)?;
+    if metadata.permissions().mode() & 0o777 != PRIVATE_DIR_MODE {
+        fs::set_permissions(path, fs::Permissions::from_mode(PRIVATE_DIR_MODE))?;
+    }
+    Ok(())
+}
+
+/// Makes a rename inside `dir` durable.
+///
+/// # Errors
+/// Whatever the file system says.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// A new, empty file beside `path` with an unguessable name, and that name.
+///
+/// The caller writes, syncs and renames it, or removes it.
+///
+/// # Errors
+/// Whatever the file system says, or that `path` has no file name.
+pub(crate) fn create_beside(path: &Path, mode: u32) -> io::Result<(File, PathBuf)> {
+    let temporary = path.with_file_name(temporary_name(path)?);
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&temporary)?;
+    Ok((file, temporary))
+}
+
+/// The directory that holds `path`, with the empty parent of a bare name spelled `.`.
+pub(crate) fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A name for a temporary file that nobody can have planted before.
+fn temporary_name(path: &Path) -> io::Result<String> {
+    if path.file_name().is_none() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the path has no file name",
+        ));
+    }
+    Ok(format!(".tmp-{}", random_hex()?))
+}
+
+/// Sixteen random hex digits.
+pub(crate) fn random_hex() -> io::Result<String> {
+    let mut random = [0; 8];
+    getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(data_encoding::HEXLOWER.encode(&random))
+}
+
+fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let (file, temporary) = create_beside(path, mode)?;
+    let written = fill(file, bytes).and_then(|()| fs::rename(&temporary, path));
+    if let Err(error) = written {
+        // The first error is the one to report; a leftover is only untidy.
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
+    sync_dir(parent_of(path))
+}
+
+fn fill(mut file: File, bytes: &[u8]) -> io::Result<()> {
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn private_files_are_0600_also_when_they_replace_a_public_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key.pem");
+        fs::write(&path, "old").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        write_private(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(names(dir.path()), ["key.pem"]);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_no_temporary_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("taken");
+        fs::create_dir(&path).unwrap();
+        write_atomic(&path, b"x").unwrap_err();
+        assert_eq!(names(dir.path()), ["taken"]);
+        write_atomic(Path::new("/"), b"x").unwrap_err();
+    }
+
+    #[test]
+    fn directories_become_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        fs::create_dir_all(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        create_private_dir(&path).unwrap();
+        assert_eq!(mode(&path), 0o700);
+        create_private_dir(&dir.path().join("c/d")).unwrap();
+        assert_eq!(mode(&dir.path().join("c/d")), 0o700);
+        fs::write(dir.path().join("file"), "").unwrap();
+        create_private_dir(&dir.path().join("file")).unwrap_err();
+    }
+}
