@@ -1,0 +1,75 @@
+//! The numbers that the core decides by. The driver fills them from its configuration file; the core never reads one.
+//! It must not know where a number came from.
+
+use std::time::Duration;
+
+use trainyard_common::limits;
+
+/// Times and bounds of the core.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Silence after which a node gets no new work.
+    pub unreachable_after: Duration,
+    /// Silence after which a single-node attempt is given up under the policy `replace`, and the node is lost.
+    pub lost_after: Duration,
+    /// The same for attempts with more than one member.
+    pub lost_after_gang: Duration,
+    /// Time in which all members of an attempt must be ready.
+    pub prepare_timeout: Duration,
+    /// Attempts in a row that may end for a cause in the infrastructure before the task fails, at least 1.
+    pub max_infrastructure_failures: u32,
+    /// Jobs in a non-terminal state.
+    pub max_live_jobs: usize,
+    /// Jobs in a non-terminal state of one user.
+    pub max_live_jobs_per_user: usize,
+    /// Enrolled nodes.
+    pub max_nodes: usize,
+    /// Join tokens that are kept.
+    pub max_tokens: usize,
+    /// How long a request id is remembered after its job was accepted.
+    pub request_id_retention: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            unreachable_after: limits::UNREACHABLE_AFTER,
+            lost_after: limits::LOST_AFTER,
+            lost_after_gang: limits::LOST_AFTER_GANG,
+            prepare_timeout: limits::PREPARE_TIMEOUT,
+            max_infrastructure_failures: limits::MAX_INFRASTRUCTURE_FAILURES,
+            max_live_jobs: limits::MAX_LIVE_JOBS,
+            max_live_jobs_per_user: limits::MAX_LIVE_JOBS_PER_USER,
+            max_nodes: limits::MAX_NODES,
+            max_tokens: limits::MAX_TOKENS,
+            request_id_retention: limits::REQUEST_ID_RETENTION,
+        }
+    }
+}
+
+/// Request ids remembered at once. Ten submits a second for the whole retention fit (about 200 MB); at the bound new
+/// submits are refused, because forgetting an id early could run a job twice.
+pub(crate) const MAX_REMEMBERED_REQUESTS: usize = 1_000_000;
+
+/// Tasks placed in one round, so that one transaction and one pause stay short; the round asks for another one.
+pub(crate) const MAX_PLACEMENTS_PER_ROUND: usize = 1000;
+
+/// Jobs behind a blocked head that are told in one round that they wait. Those further back keep the reason they have.
+pub(crate) const BEHIND_TOLD: usize = 1000;
+
+/// Of those, the first ones are told by name which job they wait for. Few, because they are told again whenever that
+/// job changes; the others get a sentence that stays true.
+pub(crate) const BEHIND_NAMED: usize = 16;
+
+/// Longest wait before a task is tried again after failures of the infrastructure in a row.
+pub(crate) const MAX_RETRY_DELAY: Duration = Duration::from_secs(60);
+
+/// The wait before the next attempt after this many failures of the infrastructure in a row: none after the first,
+/// which is mostly one bad node and another one is at hand, then 1 s, 2 s, 4 s, so that a disturbance that lasts
+/// a few seconds does not use up every attempt.
+pub(crate) fn retry_delay(failures: u32) -> Duration {
+    match failures.checked_sub(2) {
+        None => Duration::ZERO,
+        Some(doublings) => Duration::from_secs(1 << doublings.min(6)).min(MAX_RETRY_DELAY),
+    }
+}

@@ -1,0 +1,98 @@
+//! What the core knows only while it runs: sessions, when each node was last heard of, timers, and hints for the next
+//! placement. None of it is durable; after a start every lease begins anew, so our own downtime is nobody's fault.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use trainyard_common::ids::{AttemptRef, JobId, NodeId, TaskIndex};
+use trainyard_common::time::Timestamp;
+
+use crate::event::SessionId;
+use crate::scheduler::Shapes;
+use crate::tables::TaskKey;
+
+#[derive(Debug, Default)]
+pub(crate) struct Live {
+    /// The one open session of each node that has one.
+    pub(crate) sessions: BTreeMap<NodeId, SessionId>,
+    /// When each node was last heard of, or its lease began anew.
+    pub(crate) last_heard: BTreeMap<NodeId, Timestamp>,
+    /// When to look at a node's silence again. May be early (a heartbeat does not move it), never late.
+    pub(crate) node_timers: BTreeSet<(Timestamp, NodeId)>,
+    /// The entry of `node_timers` by node.
+    pub(crate) armed: BTreeMap<NodeId, Timestamp>,
+    /// When an attempt that is not ready is given up.
+    pub(crate) prepare_timers: BTreeSet<(Timestamp, AttemptRef)>,
+    /// When a task may be tried again.
+    pub(crate) retry_timers: BTreeSet<(Timestamp, TaskKey)>,
+    /// The same by task.
+    pub(crate) not_before: BTreeMap<TaskKey, Timestamp>,
+    /// Nodes on which earlier attempts of a task failed for a cause in the infrastructure: taken last.
+    pub(crate) avoid: BTreeMap<TaskKey, BTreeSet<NodeId>>,
+    /// Highest attempt that an agent reported of a task whose row knows fewer (after a restored backup).
+    pub(crate) floors: BTreeMap<TaskKey, u32>,
+    /// Leases began anew at this time.
+    pub(crate) lease_base: Timestamp,
+    /// Nodes that were seen and are not lost.
+    pub(crate) present: BTreeSet<NodeId>,
+    /// Those of them that are unreachable.
+    pub(crate) silent: BTreeSet<NodeId>,
+    /// Nodes that came back with less than is used of them. They are full until that is in order.
+    pub(crate) shrunk: BTreeSet<NodeId>,
+    /// What the nodes could hold, as long as no node changes.
+    pub(crate) shapes: Option<Shapes>,
+    /// Whether so many are silent at once that none is given up.
+    pub(crate) braked: bool,
+}
+
+impl Live {
+    pub(crate) fn arm_node(&mut self, node: NodeId, at: Option<Timestamp>) {
+        if let Some(old) = self.armed.remove(&node) {
+            self.node_timers.remove(&(old, node));
+        }
+        if let Some(at) = at {
+            self.armed.insert(node, at);
+            self.node_timers.insert((at, node));
+        }
+    }
+
+    pub(crate) fn delay_task(&mut self, key: TaskKey, at: Timestamp) {
+        self.clear_delay(key);
+        self.not_before.insert(key, at);
+        self.retry_timers.insert((at, key));
+    }
+
+    pub(crate) fn clear_delay(&mut self, key: TaskKey) {
+        if let Some(at) = self.not_before.remove(&key) {
+            self.retry_timers.remove(&(at, key));
+        }
+    }
+
+    /// Drops every hint about a task that is over.
+    pub(crate) fn forget_task(&mut self, key: TaskKey) {
+        self.clear_delay(key);
+        self.avoid.remove(&key);
+        self.floors.remove(&key);
+    }
+
+    /// Drops every hint about a job that is over.
+    pub(crate) fn forget_job(&mut self, job: JobId) {
+        let all = (job, TaskIndex(0))..=(job, TaskIndex(u32::MAX));
+        let keys: BTreeSet<TaskKey> = self
+            .not_before
+            .range(all.clone())
+            .map(|(key, _)| *key)
+            .chain(self.avoid.range(all.clone()).map(|(key, _)| *key))
+            .chain(self.floors.range(all).map(|(key, _)| *key))
+            .collect();
+        keys.into_iter().for_each(|key| self.forget_task(key));
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Timestamp> {
+        let first = [
+            self.node_timers.first().map(|entry| entry.0),
+            self.prepare_timers.first().map(|entry| entry.0),
+            self.retry_timers.first().map(|entry| entry.0),
+        ];
+        first.into_iter().flatten().min()
+    }
+}

@@ -1,0 +1,489 @@
+//! One round of scheduling: rows to a problem, the problem to a plan, the plan back to rows, checked again when applied.
+//! The placement itself is in `placement.rs` and knows none of this; see README.md beside this file.
+
+mod explain;
+mod placement;
+mod problem;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use trainyard_common::error::{ErrorCode, Refusal};
+use trainyard_common::ids::{AttemptNumber, AttemptRef, JobId, NodeId};
+use trainyard_common::limits;
+use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, NodeRecord, Target};
+use trainyard_common::resources::Resources;
+use trainyard_common::spec::JobSpec;
+use trainyard_common::state::{
+    AttemptState, JobState, MemberPhase, NodePolicy, Reason, ReasonCode,
+};
+use trainyard_common::time::Timestamp;
+
+use self::placement::{Bounds, Placement, Plan, Verdict, fits_empty, solve, suits};
+use self::problem::{Demand, GpuView, Group, Models, NodeView, Reach, Which};
+use crate::Core;
+use crate::config::{BEHIND_NAMED, BEHIND_TOLD, MAX_PLACEMENTS_PER_ROUND};
+use crate::effect::{Effect, Urgency};
+use crate::gang;
+use crate::sessions::was_seen;
+use crate::tables::{Usage, fresh_tasks};
+use crate::timers::{is_lost, is_ready};
+
+impl Core {
+    /// Places what can be placed and tells the others why they wait.
+    pub(crate) fn round(&mut self, now: Timestamp) {
+        if self.t.pending.is_empty() {
+            return;
+        }
+        let (mut nodes, models) = self.view();
+        let bounds = Bounds {
+            placements: MAX_PLACEMENTS_PER_ROUND,
+            behind: BEHIND_TOLD,
+        };
+        let groups = self.t.pending.iter().filter_map(|id| self.t.jobs.get(id));
+        let plan = solve(
+            &mut nodes,
+            groups.flat_map(|job| self.groups(now, job, &models)),
+            bounds,
+        );
+        let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
+        for placement in &plan.placements {
+            if self.apply(now, placement, &ids).is_none() {
+                let message = format!("a planned place for {} does not hold", placement.job);
+                let reason = Reason::new(ReasonCode::InsufficientFree, message);
+                self.later.push(Effect::Note(Urgency::Error, None, reason));
+            }
+        }
+        self.wants_schedule |= plan.more;
+        self.explain(&plan, &nodes);
+    }
+
+    /// Every node that was seen and is not lost, as placement sees it. Models are numbered on the way.
+    fn view(&self) -> (Vec<NodeView>, Models) {
+        let mut models = Models::default();
+        let present = self
+            .t
+            .nodes
+            .values()
+            .filter(|node| was_seen(node) && !is_lost(node.availability));
+        let nodes = present
+            .map(|node| {
+                node_view(
+                    node,
+                    self.is_open(node),
+                    self.t.usage.get(&node.id),
+                    &mut models,
+                )
+            })
+            .collect();
+        (nodes, models)
+    }
+
+    /// Whether new work may be placed on the node.
+    pub(crate) fn is_open(&self, node: &NodeRecord) -> bool {
+        is_ready(node.availability)
+            && node.policy == NodePolicy::Active
+            && self.live.sessions.contains_key(&node.id)
+    }
+
+    /// The tasks of a job that may be placed now: those that had an attempt first, then the fresh ones.
+    fn groups(&self, now: Timestamp, job: &JobRecord, models: &Models) -> Vec<Group> {
+        let most = job
+            .spec
+            .array
+            .and_then(|array| array.max_running)
+            .unwrap_or(u32::MAX);
+        let mut room = most.saturating_sub(job.tasks.active);
+        let demand = demand(&job.spec, models);
+        let mut groups = Vec::new();
+        let fresh = fresh_tasks(job);
+        if job.tasks.pending > fresh {
+            let waiting = self
+                .t
+                .tasks_of(job.id)
+                .filter(|task| task.state == JobState::Pending);
+            for task in waiting {
+                let key = (job.id, task.index);
+                // Tasks beyond the bound of a round cannot be placed in it anyhow.
+                if room == 0 || groups.len() > MAX_PLACEMENTS_PER_ROUND {
+                    break;
+                }
+                if self.live.not_before.get(&key).is_some_and(|at| *at > now) {
+                    continue;
+                }
+                room -= 1;
+                groups.push(Group {
+                    job: job.id,
+                    which: Which::Again(task.index),
+                    demand: demand.clone(),
+                    count: 1,
+                    avoid: self.live.avoid.get(&key).cloned().unwrap_or_default(),
+                });
+            }
+        }
+        let count = fresh.min(room);
+        if count > 0 {
+            let (which, avoid) = (Which::Fresh, BTreeSet::new());
+            groups.push(Group {
+                job: job.id,
+                which,
+                demand,
+                count,
+                avoid,
+            });
+        }
+        groups
+    }
+
+    /// Makes a placement true, if everything it builds on is.
+    fn apply(&mut self, now: Timestamp, placement: &Placement, ids: &[NodeId]) -> Option<()> {
+        let job = self.t.jobs.get(&placement.job)?;
+        let amounts = job.spec.resources_per_node;
+        let mut members = Vec::new();
+        let mut distinct = BTreeSet::new();
+        let mut nodes = Vec::new();
+        for seat in &placement.members {
+            let node = self.t.nodes.get(ids.get(seat.node)?)?;
+            let gpus = healthy_gpus(node);
+            let gpu_uuids: Option<Vec<String>> = seat
+                .gpus
+                .iter()
+                .map(|gpu| Some(gpus.get(*gpu)?.uuid.clone()))
+                .collect();
+            let gpu_uuids = gpu_uuids?;
+            let usage = self.t.usage.get(&node.id).cloned().unwrap_or_default();
+            let free = free(node, &usage);
+            let gpus_free = gpu_uuids.iter().all(|uuid| !usage.gpus.contains_key(uuid))
+                && gpu_uuids.len() == usize::try_from(amounts.gpus).ok()?;
+            if !self.is_open(node)
+                || !amounts.fits(&free)
+                || !gpus_free
+                || !distinct.insert(node.id)
+            {
+                return None;
+            }
+            nodes.push(node);
+            members.push(MemberRecord {
+                node: node.id,
+                resources: amounts,
+                gpu_uuids,
+                phase: MemberPhase::Unconfirmed,
+                address: String::new(),
+                port: None,
+                ranks: Vec::new(),
+                outputs: None,
+                checkpoint: None,
+            });
+        }
+        if members.len() != usize::try_from(job.spec.nodes).ok()? {
+            return None;
+        }
+        for (member, address) in members.iter_mut().zip(gang::addresses(&nodes)?) {
+            member.address = address;
+        }
+        self.start_attempt(now, placement, members)
+    }
+
+    fn start_attempt(
+        &mut self,
+        now: Timestamp,
+        placement: &Placement,
+        members: Vec<MemberRecord>,
+    ) -> Option<()> {
+        let first: Vec<String> = members
+            .iter()
+            .take(4)
+            .map(|member| member.node.to_string())
+            .collect();
+        let more = if members.len() > first.len() {
+            ", …"
+        } else {
+            ""
+        };
+        let on = format!("has a place on {}{more}", first.join(", "));
+        let reason = Reason::new(ReasonCode::Placed, on);
+        let index = match placement.which {
+            Which::Fresh => self.t.take_fresh(placement.job, reason.clone())?,
+            Which::Again(index) => {
+                let waits = self.t.tasks.get(&(placement.job, index))?.state == JobState::Pending;
+                waits.then_some(index)?
+            }
+        };
+        let key = (placement.job, index);
+        let floor = self.live.floors.get(&key).copied().unwrap_or_default();
+        let task = self.t.task_mut(key)?;
+        task.attempts = task.attempts.max(floor).saturating_add(1);
+        let id = AttemptRef {
+            job: key.0,
+            task: index,
+            attempt: AttemptNumber(task.attempts),
+        };
+        let resume_from = task.checkpoints.clone();
+        self.live.clear_delay(key);
+        self.t
+            .set_task(key, now, JobState::Preparing, reason.clone());
+        let ranks = members.len();
+        self.t.insert_attempt(AttemptRecord {
+            id,
+            state: AttemptState::Placed,
+            reason,
+            outcome: None,
+            exit: None,
+            failed_rank: None,
+            members,
+            resume_from,
+            placed_at: now,
+            ready_at: None,
+            started_at: None,
+            ended_at: None,
+        });
+        let from = now.max(self.live.lease_base);
+        self.arm_prepare(from, id);
+        for rank in 0..ranks {
+            self.tell(id, rank);
+        }
+        Some(())
+    }
+
+    /// Tells each job that waits why, if that changed.
+    fn explain(&mut self, plan: &Plan, nodes: &[NodeView]) {
+        // A retry and the fresh tasks of a job have the same demand; the first that waits speaks for the job.
+        let mut told: BTreeSet<JobId> = BTreeSet::new();
+        for (id, demand, verdict) in &plan.verdicts {
+            let Some(job) = self.t.jobs.get(id) else {
+                continue;
+            };
+            if *verdict == Verdict::Placed || job.state != JobState::Pending || !told.insert(*id) {
+                continue;
+            }
+            // States are derived later in this call; a job of which a task was just placed does not wait.
+            if job.tasks.active > 0 {
+                continue;
+            }
+            let reason = self.reason(job, demand, verdict, nodes);
+            if job.reason != reason
+                && let Some(job) = self.t.job_mut(*id)
+            {
+                job.reason = reason;
+            }
+        }
+    }
+
+    fn reason(
+        &self,
+        job: &JobRecord,
+        demand: &Demand,
+        verdict: &Verdict,
+        nodes: &[NodeView],
+    ) -> Reason {
+        match verdict {
+            Verdict::Placed | Verdict::Blocked => Reason::new(
+                ReasonCode::InsufficientFree,
+                explain::blocked(nodes, demand, &job.spec),
+            ),
+            Verdict::Infeasible => self.infeasible_reason(&job.spec, demand, nodes),
+            Verdict::Behind { head, position } if *position <= BEHIND_NAMED => {
+                let message =
+                    format!("waits behind {head}, which is first in line and does not fit yet");
+                Reason::new(ReasonCode::BehindEarlierJob, message)
+            }
+            Verdict::Behind { .. } => {
+                Reason::new(ReasonCode::BehindEarlierJob, "waits behind earlier jobs")
+            }
+        }
+    }
+
+    /// Why the open nodes could never hold it: there is none, others could, or none could.
+    fn infeasible_reason(&self, spec: &JobSpec, demand: &Demand, nodes: &[NodeView]) -> Reason {
+        if nodes.is_empty() {
+            return no_node_yet();
+        }
+        let mut all = nodes.to_vec();
+        all.iter_mut().for_each(|node| node.open = true);
+        if !fits_empty(&all, demand) {
+            return Reason::new(
+                ReasonCode::Infeasible,
+                explain::infeasible(nodes, demand, spec),
+            );
+        }
+        let closed: Vec<&NodeRecord> = nodes
+            .iter()
+            .filter(|node| !node.open && suits(node, demand))
+            .filter_map(|node| self.t.nodes.get(&node.id))
+            .collect();
+        let silent = closed.iter().any(|node| node.policy == NodePolicy::Active);
+        let code = if silent {
+            ReasonCode::NodeUnreachable
+        } else {
+            ReasonCode::Operator
+        };
+        let first: Vec<String> = closed
+            .iter()
+            .take(3)
+            .map(|node| {
+                let why = match node.policy {
+                    NodePolicy::Active => "not in session",
+                    NodePolicy::Cordoned => "cordoned",
+                    NodePolicy::Draining => "draining",
+                };
+                format!("{} is {why}", node.id)
+            })
+            .collect();
+        let more = match closed.len().saturating_sub(first.len()) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let message = format!(
+            "needs {}; what could hold it takes no new work: {}{more}",
+            explain::needs(spec),
+            first.join(", ")
+        );
+        Reason::new(code, message)
+    }
+
+    /// The reason of a job that was just submitted, or the refusal of one that no present node could ever hold.
+    pub(crate) fn first_reason(
+        &mut self,
+        spec: &JobSpec,
+        allow_infeasible: bool,
+    ) -> Result<Reason, Refusal> {
+        let mut shapes = self.live.shapes.take().unwrap_or_else(|| self.shapes());
+        let reason = shapes.first_reason(spec, allow_infeasible);
+        self.live.shapes = Some(shapes);
+        reason
+    }
+
+    fn shapes(&self) -> Shapes {
+        let (mut nodes, models) = self.view();
+        nodes.iter_mut().for_each(|node| node.open = true);
+        Shapes {
+            nodes,
+            models,
+            feasible: BTreeMap::new(),
+        }
+    }
+}
+
+/// What the present nodes could hold if they were empty and open, kept between submits because working it out takes
+/// milliseconds with thousands of nodes. Thrown away whenever a node comes, goes or changes.
+#[derive(Debug)]
+pub(crate) struct Shapes {
+    nodes: Vec<NodeView>,
+    models: Models,
+    feasible: BTreeMap<Demand, bool>,
+}
+
+/// Distinct demands remembered in [`Shapes`]; users mostly submit the same few.
+const MAX_REMEMBERED_DEMANDS: usize = 1000;
+
+impl Shapes {
+    fn first_reason(&mut self, spec: &JobSpec, allow_infeasible: bool) -> Result<Reason, Refusal> {
+        if self.nodes.is_empty() {
+            return Ok(no_node_yet());
+        }
+        let demand = demand(spec, &self.models);
+        if self.feasible.len() >= MAX_REMEMBERED_DEMANDS {
+            self.feasible.clear();
+        }
+        let fits = || fits_empty(&self.nodes, &demand);
+        if *self.feasible.entry(demand.clone()).or_insert_with(fits) {
+            return Ok(Reason::new(ReasonCode::Queued, "waits for its first turn"));
+        }
+        let message = explain::infeasible(&self.nodes, &demand, spec);
+        if allow_infeasible {
+            return Ok(Reason::new(ReasonCode::Infeasible, message));
+        }
+        let message = format!(
+            "{message}; ask for less, add nodes, or submit with --allow-infeasible to wait for them"
+        );
+        Err(Refusal::new(
+            ErrorCode::FailedPrecondition,
+            "INFEASIBLE",
+            message,
+        ))
+    }
+}
+
+fn no_node_yet() -> Reason {
+    Reason::new(
+        ReasonCode::Queued,
+        "no node is there yet; it starts when one has joined that can hold it",
+    )
+}
+
+fn healthy_gpus(node: &NodeRecord) -> Vec<&trainyard_common::inventory::Gpu> {
+    let mut gpus: Vec<_> = node
+        .inventory
+        .gpus
+        .iter()
+        .filter(|gpu| gpu.healthy)
+        .collect();
+    gpus.sort_by_key(|gpu| gpu.index);
+    gpus
+}
+
+/// What is free of a node's amounts. Nothing, if it has less than before and more is used than it has.
+fn free(node: &NodeRecord, usage: &Usage) -> Resources {
+    let (all, used) = (&node.inventory.capacity, &usage.amounts);
+    Resources {
+        cpu_milli: all.cpu_milli.saturating_sub(used.cpu_milli),
+        memory_bytes: all.memory_bytes.saturating_sub(used.memory_bytes),
+        gpus: all.gpus.saturating_sub(used.gpus),
+    }
+}
+
+fn node_view(
+    node: &NodeRecord,
+    open: bool,
+    usage: Option<&Usage>,
+    models: &mut Models,
+) -> NodeView {
+    let none = Usage::default();
+    let usage = usage.unwrap_or(&none);
+    let gpus = healthy_gpus(node)
+        .into_iter()
+        .map(|gpu| GpuView {
+            model: models.number(&gpu.model),
+            memory_bytes: gpu.memory_bytes,
+            numa: gpu.numa_node,
+            free: !usage.gpus.contains_key(&gpu.uuid),
+        })
+        .collect();
+    let most = u32::try_from(limits::MAX_MEMBERS_PER_NODE).unwrap_or(u32::MAX);
+    NodeView {
+        id: node.id,
+        target: node.target,
+        open,
+        capacity: node.inventory.capacity,
+        free: free(node, usage),
+        slots: most.saturating_sub(usage.members),
+        gpus,
+        reach: Reach {
+            loopback: gang::is_loopback(&node.address),
+            remote: gang::remote_address(node).is_some(),
+        },
+    }
+}
+
+fn demand(spec: &JobSpec, models: &Models) -> Demand {
+    let Resources {
+        cpu_milli,
+        memory_bytes,
+        gpus,
+    } = spec.resources_per_node;
+    Demand {
+        nodes: spec.nodes,
+        cpu_milli,
+        memory_bytes,
+        gpus,
+        models: spec
+            .gpu_type
+            .as_deref()
+            .map(|wanted| models.matching(wanted)),
+        gpu_memory_bytes: spec.gpu_memory_bytes.unwrap_or_default(),
+        targets: spec
+            .targets
+            .iter()
+            .filter_map(|target| target.parse::<Target>().ok())
+            .collect(),
+    }
+}

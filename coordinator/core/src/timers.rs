@@ -1,0 +1,266 @@
+//! Everything that happens because time passed: silent nodes, attempts that are never ready, tasks that may be tried
+//! again; and the two brakes on it, our own pause and a loss of too many nodes at once.
+//!
+//! Silence has three thresholds: unreachable (no new work), given up for gangs, given up for single-node attempts (the
+//! node is then lost). A node's timer is set to the next one; a heartbeat does not move it, it is looked at when due.
+
+use trainyard_common::ids::{AttemptRef, NodeId};
+use trainyard_common::state::{MemberPhase, NodeAvailability, Reason, ReasonCode};
+use trainyard_common::time::Timestamp;
+use trainyard_common::units::format_duration;
+
+use crate::Core;
+use crate::attempts::{Decision, count};
+use crate::effect::{Effect, Urgency};
+use crate::sessions::was_seen;
+
+/// So few nodes are no crowd: with them, two that fail together are no sign that we are cut off ourselves.
+const BRAKE_LEAST: usize = 3;
+
+impl Core {
+    pub(crate) fn on_timer(&mut self, now: Timestamp) {
+        self.check_silence(now);
+        while let Some((at, id)) = self.live.prepare_timers.first().copied()
+            && at <= now
+        {
+            self.live.prepare_timers.pop_first();
+            self.prepare_timed_out(now, id);
+        }
+        while let Some((at, key)) = self.live.retry_timers.first().copied()
+            && at <= now
+        {
+            self.live.clear_delay(key);
+            self.wants_schedule = true;
+        }
+    }
+
+    /// Begins every lease anew: after a start, or when we notice that we did not run for a while.
+    pub(crate) fn restart_leases(&mut self, now: Timestamp) {
+        self.live.lease_base = now;
+        let nodes: Vec<NodeId> = self.t.nodes.keys().copied().collect();
+        for node in nodes {
+            self.live.last_heard.insert(node, now);
+            self.arm_silence(now, node);
+        }
+        let waiting: Vec<AttemptRef> = self
+            .t
+            .attempts
+            .values()
+            .filter(|attempt| attempt.outcome.is_none() && attempt.ready_at.is_none())
+            .map(|attempt| attempt.id)
+            .collect();
+        self.live.prepare_timers.clear();
+        for id in waiting {
+            self.arm_prepare(now, id);
+        }
+    }
+
+    /// If a timer is overdue by more than the shortest lease, it was us who were away, not the nodes.
+    pub(crate) fn notice_pause(&mut self, now: Timestamp) {
+        if let Some(due) = self.live.next_deadline()
+            && now.since(due) > self.config.unreachable_after
+        {
+            self.restart_leases(now);
+        }
+    }
+
+    pub(crate) fn arm_prepare(&mut self, from: Timestamp, id: AttemptRef) {
+        self.live
+            .prepare_timers
+            .insert((from.after(self.config.prepare_timeout), id));
+    }
+
+    pub(crate) fn drop_prepare_timer(&mut self, id: AttemptRef) {
+        let Some(attempt) = self.t.attempts.get(&id) else {
+            return;
+        };
+        let from = attempt.placed_at.max(self.live.lease_base);
+        self.live
+            .prepare_timers
+            .remove(&(from.after(self.config.prepare_timeout), id));
+    }
+
+    fn prepare_timed_out(&mut self, now: Timestamp, id: AttemptRef) {
+        let Some(attempt) = self.t.attempts.get(&id) else {
+            return;
+        };
+        let late: Vec<NodeId> = attempt
+            .members
+            .iter()
+            .filter(|member| member.phase < MemberPhase::Ready)
+            .map(|member| member.node)
+            .collect();
+        let first: Vec<String> = late.iter().take(3).map(ToString::to_string).collect();
+        let message = format!(
+            "{} of {} not ready within {}: {}",
+            late.len(),
+            count(attempt.members.len(), "node"),
+            format_duration(self.config.prepare_timeout),
+            first.join(", "),
+        );
+        self.decide(
+            now,
+            id,
+            Decision::interrupted(ReasonCode::PrepareTimeout, &late, message),
+        );
+    }
+
+    fn check_silence(&mut self, now: Timestamp) {
+        let mut due = Vec::new();
+        while let Some((at, node)) = self.live.node_timers.first().copied()
+            && at <= now
+        {
+            self.live.arm_node(node, None);
+            due.push(node);
+        }
+        // All that are silent are counted before any of them is given up.
+        for node in &due {
+            self.mark_unreachable(now, *node);
+        }
+        for node in due {
+            if !self.live.braked {
+                self.give_up(now, node);
+            }
+            self.arm_silence(now, node);
+        }
+    }
+
+    fn silence(&self, now: Timestamp, node: NodeId) -> std::time::Duration {
+        now.since(
+            self.live
+                .last_heard
+                .get(&node)
+                .copied()
+                .unwrap_or(self.live.lease_base),
+        )
+    }
+
+    fn mark_unreachable(&mut self, now: Timestamp, node: NodeId) {
+        let silence = self.silence(now, node);
+        let ready = self
+            .t
+            .nodes
+            .get(&node)
+            .is_some_and(|record| is_ready(record.availability));
+        if ready && silence >= self.config.unreachable_after {
+            let message = format!(
+                "{node} is not heard of for {}; what runs there is left alone",
+                format_duration(silence)
+            );
+            let reason = Reason::new(ReasonCode::Silent, message);
+            self.set_availability(now, node, NodeAvailability::Unreachable, reason);
+        }
+    }
+
+    fn give_up(&mut self, now: Timestamp, node: NodeId) {
+        let silence = self.silence(now, node);
+        let Some(record) = self.t.nodes.get(&node) else {
+            return;
+        };
+        if is_ready(record.availability) || !was_seen(record) {
+            return;
+        }
+        if silence >= self.config.lost_after && is_unreachable(record.availability) {
+            let message = format!(
+                "{node} is not heard of for {}; given up",
+                format_duration(silence)
+            );
+            let reason = Reason::new(ReasonCode::NodeLost, message);
+            self.set_availability(now, node, NodeAvailability::Lost, reason);
+            self.wants_schedule = true;
+        }
+        if silence >= self.config.lost_after.min(self.config.lost_after_gang) {
+            for (id, _) in self.t.members_on(node) {
+                self.settle(now, id);
+            }
+        }
+    }
+
+    /// Sets the node's timer to the next threshold of silence that is still ahead.
+    pub(crate) fn arm_silence(&mut self, now: Timestamp, node: NodeId) {
+        let Some(record) = self.t.nodes.get(&node) else {
+            return self.live.arm_node(node, None);
+        };
+        let heard = self
+            .live
+            .last_heard
+            .get(&node)
+            .copied()
+            .unwrap_or(self.live.lease_base);
+        let gang = heard.after(self.config.lost_after_gang);
+        let lost = heard.after(self.config.lost_after);
+        let next = match record.availability {
+            NodeAvailability::Ready => Some(heard.after(self.config.unreachable_after).max(now)),
+            NodeAvailability::Unreachable if self.live.braked || !was_seen(record) => None,
+            NodeAvailability::Unreachable | NodeAvailability::Lost => {
+                [gang, lost].into_iter().filter(|at| *at > now).min()
+            }
+        };
+        self.live.arm_node(node, next);
+    }
+
+    /// A node came, went or changed: counts it as present or silent or neither and sets or lifts the brake. When it is lifted, every silent node
+    /// gets a full lease again: those that are about to come back must not be given up because the first were quicker.
+    pub(crate) fn weigh_silence(&mut self, now: Timestamp, node: NodeId) {
+        self.live.shapes = None;
+        self.count_node(node);
+        let (present, silent) = (self.live.present.len(), self.live.silent.len());
+        let braked = silent >= BRAKE_LEAST && silent.saturating_mul(2) > present;
+        if braked == self.live.braked {
+            return;
+        }
+        self.live.braked = braked;
+        if braked {
+            let message = format!(
+                "{silent} of {} are silent at once; none of them is given up while that is so",
+                count(present, "node")
+            );
+            return self.note(Urgency::Error, ReasonCode::Silent, message);
+        }
+        let message = format!(
+            "{} of {} are in session again",
+            present - silent,
+            count(present, "node")
+        );
+        self.note(Urgency::Info, ReasonCode::InSession, message);
+        let silent: Vec<NodeId> = self.live.silent.iter().copied().collect();
+        for node in silent {
+            self.live.last_heard.insert(node, now);
+            self.arm_silence(now, node);
+        }
+    }
+
+    pub(crate) fn count_node(&mut self, node: NodeId) {
+        let record = self.t.nodes.get(&node).filter(|record| was_seen(record));
+        let availability = record.map(|record| record.availability);
+        let keep = |set: &mut std::collections::BTreeSet<NodeId>, counts: bool| match counts {
+            true => set.insert(node),
+            false => set.remove(&node),
+        };
+        keep(
+            &mut self.live.present,
+            availability.is_some_and(|availability| !is_lost(availability)),
+        );
+        keep(
+            &mut self.live.silent,
+            availability.is_some_and(is_unreachable),
+        );
+    }
+
+    fn note(&mut self, urgency: Urgency, code: ReasonCode, message: String) {
+        self.later
+            .push(Effect::Note(urgency, None, Reason::new(code, message)));
+    }
+}
+
+pub(crate) fn is_ready(availability: NodeAvailability) -> bool {
+    availability == NodeAvailability::Ready
+}
+
+pub(crate) fn is_unreachable(availability: NodeAvailability) -> bool {
+    availability == NodeAvailability::Unreachable
+}
+
+pub(crate) fn is_lost(availability: NodeAvailability) -> bool {
+    availability == NodeAvailability::Lost
+}

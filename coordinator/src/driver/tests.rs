@@ -1,0 +1,354 @@
+use std::future::Future;
+use std::sync::{Condvar, Mutex};
+
+use trainyard_common::error::ErrorCode;
+use trainyard_common::ids::{
+    AttemptRef, ClusterId, Digest, Incarnation, JobId, NodeId, Sequence, UserName,
+};
+use trainyard_common::inventory::Inventory;
+use trainyard_common::record::{AttemptRecord, JobRecord, Record, Role, Target};
+use trainyard_common::resources::Resources;
+use trainyard_common::spec::JobSpec;
+
+use super::*;
+use crate::store::{CheckReport, JobHistory, MemStore, Transition};
+use crate::testing::CLUSTER;
+
+/// A store whose commits wait until they are let through.
+struct Gated {
+    inner: MemStore,
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gated {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            inner: MemStore::new(CLUSTER),
+            open: Mutex::new(true),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn set_open(&self, open: bool) {
+        *self.open.lock().unwrap() = open;
+        self.changed.notify_all();
+    }
+}
+
+impl Store for Gated {
+    fn cluster(&self) -> ClusterId {
+        self.inner.cluster()
+    }
+    fn lead(&self) -> Result<Term, StoreError> {
+        self.inner.lead()
+    }
+    fn commit(
+        &self,
+        term: Term,
+        at: Timestamp,
+        records: &[Record],
+    ) -> Result<Sequence, StoreError> {
+        let open = self.open.lock().unwrap();
+        drop(self.changed.wait_while(open, |open| !*open).unwrap());
+        self.inner.commit(term, at, records)
+    }
+    fn load(&self, now: Timestamp, since: Timestamp) -> Result<Loaded, StoreError> {
+        self.inner.load(now, since)
+    }
+    fn job(&self, job: JobId) -> Result<Option<JobHistory>, StoreError> {
+        self.inner.job(job)
+    }
+    fn attempt(&self, attempt: AttemptRef) -> Result<Option<AttemptRecord>, StoreError> {
+        self.inner.attempt(attempt)
+    }
+    fn jobs(&self, before: JobId, limit: usize) -> Result<Vec<JobRecord>, StoreError> {
+        self.inner.jobs(before, limit)
+    }
+    fn transitions(&self, after: Sequence, limit: usize) -> Result<Vec<Transition>, StoreError> {
+        self.inner.transitions(after, limit)
+    }
+    fn check(&self) -> Result<CheckReport, StoreError> {
+        self.inner.check()
+    }
+}
+
+struct Bench {
+    store: Arc<Gated>,
+    read: Arc<ReadModel>,
+    driver: Driver,
+    task: AbortOnDrop<Result<(), FatalError>>,
+    stop: CancellationToken,
+}
+
+fn parts(store: Arc<Gated>) -> Parts {
+    let term = store.lead().unwrap();
+    let clock = Clock::start();
+    let loaded = store.load(clock.now(), Timestamp(0)).unwrap();
+    let read = Arc::new(ReadModel::new(&loaded));
+    let (core, stop) = (CoreConfig::default(), CancellationToken::new());
+    Parts {
+        store,
+        term,
+        loaded,
+        read,
+        clock,
+        core,
+        stop,
+    }
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let store = Gated::new();
+        let parts = parts(store.clone());
+        let (read, stop) = (parts.read.clone(), parts.stop.clone());
+        let (driver, task) = start(parts);
+        let bench = Self {
+            store,
+            read,
+            driver,
+            task,
+            stop,
+        };
+        let name = bench.anna();
+        let added = bench.driver.request(|key| Event::LocalUserAdded {
+            key,
+            name,
+            role: Role::Admin,
+        });
+        added.await.unwrap();
+        bench
+    }
+
+    fn anna(&self) -> UserName {
+        "anna".parse().unwrap()
+    }
+
+    async fn submit(&self, id: usize) -> Result<Answer, Refusal> {
+        let mut spec = JobSpec::new("train", vec!["true".to_owned()]);
+        spec.resources_per_node = Resources {
+            cpu_milli: 1,
+            memory_bytes: 0,
+            gpus: 0,
+        };
+        let owner = self.anna();
+        self.driver
+            .request(|key| Event::JobSubmitted {
+                key,
+                owner,
+                request_id: format!("r{id}").parse().unwrap(),
+                request_digest: Digest([0; 32]),
+                spec: Box::new(spec),
+                allow_infeasible: true,
+            })
+            .await
+    }
+
+    async fn add_node(&self) -> NodeId {
+        let (name, owner, target) = ("here".to_owned(), self.anna(), Target::Local);
+        let added = self.driver.request(|key| Event::LocalNodeAdded {
+            key,
+            name,
+            target,
+            owner,
+        });
+        match added.await.unwrap() {
+            Answer::NodeEnrolled(node) => node.id,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn open_session(&self, node: NodeId) -> handle::OpenSession {
+        let capacity = Resources {
+            cpu_milli: 1_000_000,
+            memory_bytes: 1 << 40,
+            gpus: 0,
+        };
+        self.driver
+            .open_session(|session| Registration {
+                session,
+                node,
+                incarnation: Incarnation(1),
+                boot_id: "b".to_owned(),
+                agent_version: "0".to_owned(),
+                address: "127.0.0.1".to_owned(),
+                inventory: Inventory {
+                    capacity,
+                    ..Inventory::default()
+                },
+                observed: Vec::new(),
+            })
+            .await
+            .unwrap()
+    }
+
+    /// Lets every round that can run do so: a request that changes nothing goes through after what was sent before.
+    async fn settle(&self) {
+        let job = JobId(999);
+        let by = self.anna();
+        let unknown = self
+            .driver
+            .request(|key| Event::CancelRequested { key, by, job })
+            .await;
+        assert_eq!(unknown.unwrap_err().code, ErrorCode::NotFound);
+    }
+}
+
+async fn soon<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(Duration::from_secs(20), future).await {
+        Ok(output) => output,
+        Err(_) => panic!("waited 20 s for {what}"),
+    }
+}
+
+#[tokio::test]
+async fn nobody_is_told_before_the_row_is_durable() {
+    let bench = Bench::start().await;
+    let node = bench.add_node().await;
+    let mut session = bench.open_session(node).await;
+    let welcome = soon("the welcome", session.commands.recv()).await;
+    assert!(matches!(
+        welcome,
+        Some(SessionMessage::Command(Command::Welcome { .. }))
+    ));
+    bench.store.set_open(false);
+    let mut answer = std::pin::pin!(bench.submit(1));
+    // The driver is inside its commit now or will be; neither answer, nor command, nor row may show.
+    let early = tokio::time::timeout(Duration::from_millis(200), &mut answer).await;
+    assert!(early.is_err(), "answered before the commit: {early:?}");
+    assert!(session.commands.try_recv().is_err());
+    assert!(bench.read.tables().jobs.is_empty());
+    bench.store.set_open(true);
+    let answer = soon("the answer", answer).await.unwrap();
+    assert_eq!(
+        answer,
+        Answer::Submitted {
+            job: JobId(1),
+            repeated: false
+        }
+    );
+    assert!(
+        bench.read.tables().jobs.contains_key(&JobId(1)),
+        "answered before it is shown"
+    );
+    let command = soon("the command", session.commands.recv()).await;
+    let Some(SessionMessage::Command(Command::Desire(member))) = command else {
+        panic!("{command:?}")
+    };
+    let stored = bench.store.attempt(member.attempt).unwrap();
+    assert!(
+        stored.is_some(),
+        "an agent was told of an attempt that is not on disk"
+    );
+}
+
+#[tokio::test]
+async fn a_failed_commit_ends_the_driver_and_answers_nobody_with_success() {
+    let mut bench = Bench::start().await;
+    bench.store.inner.fail_after(0);
+    let refused = soon("the answer", bench.submit(1)).await.unwrap_err();
+    assert_eq!(
+        (refused.code, refused.reason.as_str()),
+        (ErrorCode::Unavailable, "STOPPING")
+    );
+    let ended = soon("the driver's end", &mut bench.task.0).await.unwrap();
+    assert!(
+        matches!(ended, Err(FatalError::Store(StoreError::Injected))),
+        "{ended:?}"
+    );
+    assert!(bench.read.tables().jobs.is_empty());
+    assert_eq!(
+        soon("a later request", bench.submit(2))
+            .await
+            .unwrap_err()
+            .code,
+        ErrorCode::Unavailable
+    );
+}
+
+#[tokio::test]
+async fn a_session_that_does_not_keep_up_is_cut_off_and_holds_up_nobody() {
+    let bench = Bench::start().await;
+    let node = bench.add_node().await;
+    let mut session = bench.open_session(node).await;
+    for id in 0..SESSION_QUEUE + 50 {
+        soon("a submit", bench.submit(id)).await.unwrap();
+    }
+    // All are placed in the end, although nobody reads the commands.
+    let mut changes = bench.read.watch();
+    soon(
+        "all to be placed",
+        changes.wait_for(|_| bench.read.tables().attempts.len() == SESSION_QUEUE + 50),
+    )
+    .await
+    .unwrap();
+    bench.settle().await;
+    let mut told = 0;
+    while let Some(message) = soon("the end of the session", session.commands.recv()).await {
+        assert!(matches!(message, SessionMessage::Command(_)));
+        told += 1;
+    }
+    assert_eq!(
+        told, SESSION_QUEUE,
+        "the queue's bound is not what was kept"
+    );
+}
+
+#[tokio::test]
+async fn what_was_taken_in_before_the_end_is_carried_out() {
+    let mut bench = Bench::start().await;
+    bench.store.set_open(false);
+    let driver = bench.driver.clone();
+    let name: UserName = "bert".parse().unwrap();
+    let request = spawn("request", async move {
+        driver
+            .request(|key| Event::LocalUserAdded {
+                key,
+                name,
+                role: Role::User,
+            })
+            .await
+    });
+    // Let the request reach the driver's queue before the end is asked for.
+    while !request.is_finished() && bench.driver_is_idle() {
+        tokio::task::yield_now().await;
+    }
+    bench.stop.cancel();
+    bench.store.set_open(true);
+    soon("the answer", request).await.unwrap().unwrap();
+    soon("the driver's end", &mut bench.task.0)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(bench.read.tables().users.len(), 2);
+}
+
+impl Bench {
+    /// Whether nothing is with the driver: it is not inside a commit and nothing waits.
+    fn driver_is_idle(&self) -> bool {
+        self.driver.requests_begun() < 2
+    }
+}
+
+#[test]
+fn after_a_pause_of_ours_timers_wait_for_what_the_agents_sent() {
+    let mut state = State::new(parts(Gated::new()));
+    let start = state.last_look;
+    let woken = start.after(Duration::from_secs(600));
+    assert!(
+        state.look_at_clock(start.after(TICK)),
+        "an ordinary tick is no pause"
+    );
+    assert!(!state.look_at_clock(woken));
+    assert!(!state.look_at_clock(woken.after(TICK)));
+    let mut now = woken;
+    while now < woken.after(state.grace) {
+        now = now.after(TICK);
+        state.look_at_clock(now);
+    }
+    assert!(
+        state.look_at_clock(now.after(TICK)),
+        "timers never fire again"
+    );
+}

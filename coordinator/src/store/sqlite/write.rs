@@ -1,0 +1,180 @@
+//! One commit: the fence, the rows, the transitions and the high-water marks, in one transaction.
+
+use std::path::Path;
+
+use rusqlite::{Connection, Transaction, TransactionBehavior, params};
+use trainyard_common::ids::{Sequence, Term};
+use trainyard_common::record::{AttemptRecord, JobRecord, Record, TaskRecord, TokenRecord};
+use trainyard_common::state::AttemptState;
+use trainyard_common::time::Timestamp;
+
+use super::{Meta, StoreError, chain, codec, failed, kind_and_key, read_meta};
+
+pub(super) struct Batch<'a> {
+    pub(super) term: Term,
+    pub(super) at: Timestamp,
+    pub(super) records: &'a [Record],
+}
+
+/// A time as SQLite's integer.
+pub(super) fn time(at: Timestamp) -> i64 {
+    i64::try_from(at.0).unwrap_or(i64::MAX)
+}
+
+/// An id as SQLite's integer. Ids count from 1 and never come near the limit.
+pub(super) fn id(id: u64) -> i64 {
+    i64::try_from(id).unwrap_or(i64::MAX)
+}
+
+pub(super) fn commit(
+    connection: &Connection,
+    file: &Path,
+    batch: Batch<'_>,
+) -> Result<Sequence, StoreError> {
+    let error = |source| failed("commit to", file, source);
+    let transaction =
+        Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(error)?;
+    let mut meta = read_meta(&transaction).map_err(error)?;
+    if meta.term != batch.term {
+        return Err(StoreError::Fenced {
+            mine: batch.term,
+            stored: meta.term,
+        });
+    }
+    for record in batch.records {
+        let row = codec::encode(batch.at, record);
+        upsert(&transaction, record, &row).map_err(error)?;
+        append(&transaction, &mut meta, batch.at, record, &row).map_err(error)?;
+        raise_marks(&mut meta, record);
+    }
+    transaction
+        .prepare_cached(
+            "UPDATE meta SET sequence = ?1, chain = ?2, next_job = ?3, next_node = ?4, next_token = ?5",
+        )
+        .and_then(|mut update| {
+            update.execute(params![
+                id(meta.sequence),
+                meta.chain,
+                id(meta.next_job),
+                meta.next_node,
+                id(meta.next_token)
+            ])
+        })
+        .map_err(error)?;
+    transaction.commit().map_err(error)?;
+    Ok(Sequence(meta.sequence))
+}
+
+fn append(
+    transaction: &Transaction<'_>,
+    meta: &mut Meta,
+    at: Timestamp,
+    record: &Record,
+    row: &[u8],
+) -> rusqlite::Result<()> {
+    meta.sequence += 1;
+    meta.chain = chain(meta.chain, meta.sequence, row);
+    let (kind, key) = kind_and_key(record);
+    transaction
+        .prepare_cached("INSERT INTO transitions VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?
+        .execute(params![
+            id(meta.sequence),
+            time(at),
+            kind,
+            key,
+            row,
+            meta.chain
+        ])?;
+    Ok(())
+}
+
+fn raise_marks(meta: &mut Meta, record: &Record) {
+    match record {
+        Record::Job(job) => meta.next_job = meta.next_job.max(job.id.0.saturating_add(1)),
+        Record::Node(node) => meta.next_node = meta.next_node.max(node.id.0.saturating_add(1)),
+        Record::Token(token) => meta.next_token = meta.next_token.max(token.id.0.saturating_add(1)),
+        Record::Task(_) | Record::Attempt(_) | Record::NodeRemoved(_) | Record::User(_) => {}
+    }
+}
+
+fn upsert(transaction: &Transaction<'_>, record: &Record, row: &[u8]) -> rusqlite::Result<()> {
+    match record {
+        Record::Job(job) => upsert_job(transaction, job, row),
+        Record::Task(task) => upsert_task(transaction, task, row),
+        Record::Attempt(attempt) => upsert_attempt(transaction, attempt, row),
+        Record::Token(token) => upsert_token(transaction, token, row),
+        Record::Node(node) => transaction
+            .prepare_cached("INSERT OR REPLACE INTO nodes VALUES (?1, ?2)")?
+            .execute(params![node.id.0, row]),
+        Record::NodeRemoved(node) => transaction
+            .prepare_cached("DELETE FROM nodes WHERE id = ?1")?
+            .execute(params![node.0]),
+        Record::User(user) => transaction
+            .prepare_cached("INSERT OR REPLACE INTO users VALUES (?1, ?2)")?
+            .execute(params![user.name.as_str(), row]),
+    }
+    .map(|_| ())
+}
+
+fn upsert_job(
+    transaction: &Transaction<'_>,
+    job: &JobRecord,
+    row: &[u8],
+) -> rusqlite::Result<usize> {
+    transaction
+        .prepare_cached("INSERT OR REPLACE INTO jobs VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?
+        .execute(params![
+            id(job.id.0),
+            job.owner.as_str(),
+            job.state.as_str(),
+            !job.state.is_terminal(),
+            job.request_id.as_str(),
+            job.request_digest.0,
+            time(job.submitted_at),
+            row
+        ])
+}
+
+fn upsert_task(
+    transaction: &Transaction<'_>,
+    task: &TaskRecord,
+    row: &[u8],
+) -> rusqlite::Result<usize> {
+    transaction
+        .prepare_cached("INSERT OR REPLACE INTO tasks VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![
+            id(task.job.0),
+            task.index.0,
+            task.state.as_str(),
+            !task.state.is_terminal(),
+            row
+        ])
+}
+
+fn upsert_attempt(
+    transaction: &Transaction<'_>,
+    attempt: &AttemptRecord,
+    row: &[u8],
+) -> rusqlite::Result<usize> {
+    let open = attempt.state != AttemptState::Ended;
+    transaction
+        .prepare_cached("INSERT OR REPLACE INTO attempts VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![
+            id(attempt.id.job.0),
+            attempt.id.task.0,
+            attempt.id.attempt.0,
+            open,
+            row
+        ])
+}
+
+fn upsert_token(
+    transaction: &Transaction<'_>,
+    token: &TokenRecord,
+    row: &[u8],
+) -> rusqlite::Result<usize> {
+    let usable = !token.revoked && token.uses_left > 0;
+    transaction
+        .prepare_cached("INSERT OR REPLACE INTO tokens VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![id(token.id.0), usable, time(token.expires_at), row])
+}

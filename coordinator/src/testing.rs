@@ -1,0 +1,123 @@
+//! Records for the tests of this crate.
+
+use trainyard_common::ids::{
+    AttemptRef, ClusterId, Digest, Incarnation, JobId, NodeId, TaskIndex, TokenId, WorkspaceName,
+};
+use trainyard_common::inventory::Inventory;
+use trainyard_common::record::{
+    AttemptRecord, JobRecord, NodeRecord, Record, Role, Target, TaskCounts, TaskRecord, TokenGrant,
+    TokenRecord, UserRecord,
+};
+use trainyard_common::spec::JobSpec;
+use trainyard_common::state::{
+    AttemptState, JobState, NodeAvailability, NodePolicy, Reason, ReasonCode,
+};
+use trainyard_common::time::Timestamp;
+
+pub(crate) const CLUSTER: ClusterId = ClusterId([7; 16]);
+
+fn reason() -> Reason {
+    Reason::new(ReasonCode::Queued, "waits")
+}
+
+pub(crate) fn job(id: u64, state: JobState) -> JobRecord {
+    let spec = JobSpec::new("train", vec!["true".to_owned()]);
+    JobRecord {
+        id: JobId(id),
+        owner: "anna".parse().unwrap(),
+        request_id: format!("r{id}").parse().unwrap(),
+        request_digest: Digest([id as u8; 32]),
+        spec,
+        state,
+        reason: reason(),
+        tasks: TaskCounts {
+            pending: 1,
+            ..TaskCounts::default()
+        },
+        next_fresh: TaskIndex(0),
+        submitted_at: Timestamp(1000 + id),
+        started_at: None,
+        ended_at: None,
+        cancel: None,
+        exit: None,
+    }
+}
+
+pub(crate) fn task(job: u64, index: u32, state: JobState) -> TaskRecord {
+    TaskRecord {
+        job: JobId(job),
+        index: TaskIndex(index),
+        state,
+        reason: reason(),
+        attempts: 1,
+        failures: 0,
+        infrastructure_failures: 0,
+        exit: None,
+        checkpoints: Vec::new(),
+        ended_at: None,
+    }
+}
+
+pub(crate) fn attempt(id: &str, state: AttemptState) -> AttemptRecord {
+    AttemptRecord {
+        id: id.parse::<AttemptRef>().unwrap(),
+        state,
+        reason: reason(),
+        outcome: None,
+        exit: None,
+        failed_rank: None,
+        members: Vec::new(),
+        resume_from: Vec::new(),
+        placed_at: Timestamp(5),
+        ready_at: None,
+        started_at: None,
+        ended_at: None,
+    }
+}
+
+pub(crate) fn node(id: u32) -> NodeRecord {
+    NodeRecord {
+        id: NodeId(id),
+        name: format!("node-{id}"),
+        owner: "anna".parse().unwrap(),
+        target: Target::Attached,
+        availability: NodeAvailability::Ready,
+        policy: NodePolicy::Active,
+        reason: reason(),
+        inventory: Inventory::default(),
+        incarnation: Incarnation(1),
+        boot_id: "b".to_owned(),
+        agent_version: "0".to_owned(),
+        address: "10.0.0.1".to_owned(),
+        enrolled_at: Timestamp(1),
+        changed_at: Timestamp(1),
+    }
+}
+
+pub(crate) fn token(id: u64, uses_left: u32, expires_at: u64) -> TokenRecord {
+    TokenRecord {
+        id: TokenId(id),
+        secret_hash: Digest([3; 32]),
+        grant: TokenGrant::Node {
+            target: Target::Attached,
+        },
+        created_by: "anna".parse().unwrap(),
+        created_at: Timestamp(1),
+        expires_at: Timestamp(expires_at),
+        uses_left,
+        revoked: false,
+    }
+}
+
+pub(crate) fn user(name: &str, role: Role) -> UserRecord {
+    UserRecord {
+        name: name.parse().unwrap(),
+        role,
+        workspace: WorkspaceName::default_workspace(),
+        created_at: Timestamp(1),
+    }
+}
+
+pub(crate) fn row(job: JobRecord) -> Record {
+    Record::Job(Box::new(job))
+}
