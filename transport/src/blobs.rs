@@ -178,23 +178,15 @@ async fn upload_once(
     if todo.is_empty() {
         return Ok(());
     }
-    let mut state = Progress {
+    let state = Progress {
         total_bytes: todo.iter().map(Source::size).sum(),
         total_blobs: todo.len(),
         ..Progress::default()
     };
     let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let reader = tokio::task::spawn_blocking(move || read_all(todo, &sender));
-    let progress = progress.clone();
-    let stream = ReceiverStream::new(receiver).map(move |part: Part| {
-        match &part {
-            Part::Header(_) => state.blobs += 1,
-            Part::Data(data) => state.bytes += data.len() as u64,
-        }
-        progress(state);
-        v1::UploadRequest { part: Some(part) }
-    });
-    let sent = client(channel).upload(stream).await;
+    let requests = requests(receiver, state, progress.clone());
+    let sent = client(channel).upload(requests).await;
     // What went wrong on this side comes first: the refusal of half a blob is only its consequence.
     match reader.await {
         Ok(Ok(())) => {}
@@ -206,6 +198,23 @@ async fn upload_once(
         }
     }
     sent.map(drop).map_err(rpc("upload files"))
+}
+
+/// The messages of an upload. Not a closure in the async function above: that one borrows, and a closure in it would
+/// keep the compiler from seeing that the whole may move between threads.
+fn requests(
+    parts: mpsc::Receiver<Part>,
+    mut state: Progress,
+    progress: Arc<dyn Fn(Progress) + Send + Sync>,
+) -> impl tokio_stream::Stream<Item = v1::UploadRequest> + Send + 'static {
+    ReceiverStream::new(parts).map(move |part: Part| {
+        match &part {
+            Part::Header(_) => state.blobs += 1,
+            Part::Data(data) => state.bytes += data.len() as u64,
+        }
+        progress(state);
+        v1::UploadRequest { part: Some(part) }
+    })
 }
 
 /// Where the bytes of a blob come from.

@@ -1,3 +1,5 @@
+//! Who may call what, over the wire: every RPC with every role and without any.
+
 use prost::Message;
 use trainyard_common::ids::{Sequence, UserName};
 use trainyard_common::record::Record;

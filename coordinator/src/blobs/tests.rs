@@ -1,3 +1,5 @@
+//! The store of blobs: what lies about its size or hash is refused.
+
 use super::*;
 
 fn digest(data: &[u8]) -> Digest {

@@ -1,3 +1,5 @@
+//! The order of the driver: nothing is told before it is durable, and a failed commit ends everything.
+
 use std::future::Future;
 use std::sync::{Condvar, Mutex};
 

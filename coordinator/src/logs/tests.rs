@@ -1,3 +1,5 @@
+//! The store of output: idempotent by offset, bounded, read from anywhere.
+
 use proptest::prelude::*;
 use trainyard_common::logrecord::{LogKind, LogRecord};
 use trainyard_common::time::Timestamp;

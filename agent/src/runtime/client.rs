@@ -1,0 +1,489 @@
+//! The agent's side of one shim: starts it, listens to it, tells it what is wanted, and cleans up after it when it dies
+//! without an ending. Decides nothing about what is wanted.
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::libc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::Child;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use trainyard_common::ids::AttemptRef;
+use trainyard_common::member::{EndCause, Ending, Go, MemberSpec, RankEnd, Stop};
+use trainyard_common::state::ExitStatus;
+use trainyard_common::time::Timestamp;
+
+use super::cgroup::Cgroup;
+use super::dir::{AttemptDir, NEW_PREFIX, OLD_PREFIX, SOCKET, random_hex, read_json, sync_dir};
+use super::launch::INHERITED;
+use super::remove::delete_tree;
+use super::tree::Tree;
+use super::wire::{Command, Lines, MemberFile, Settings, ShimFile, Status, line};
+use super::{RuntimeEvent, ShimState};
+use crate::clock::Clock;
+use crate::spawn::blocking;
+
+/// Pauses between looks at something that is about to happen: short at first, as a shim starts in milliseconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// A shim that has not opened its socket by then is killed; a machine under heavy load may need seconds.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// A shim that does not take a line for so long is not listening; the connection is made anew.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// After telling its ending a shim has nothing left to do; longer than this and somebody should look.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of the shim's own log that are shown when it could not start.
+const LOG_TAIL: usize = 400;
+
+/// What was asked of a shim.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Wanted {
+    pub(super) go: Option<(Go, Option<String>)>,
+    pub(super) stop: Option<Stop>,
+}
+
+/// One shim, from its start to its end.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) dir: AttemptDir,
+    /// The process, if this agent started it.
+    pub(super) child: Option<Child>,
+    pub(super) wanted: watch::Receiver<Wanted>,
+    pub(super) clock: Clock,
+    pub(super) events: mpsc::Sender<RuntimeEvent>,
+}
+
+impl Link {
+    /// Tells all states but the last one, which it returns when the shim is gone and no process is left. Nothing if the
+    /// runtime does not want it any more.
+    pub(super) async fn follow(mut self) -> Option<Ending> {
+        while let Some(stream) = self.connect().await {
+            match self.converse(stream).await {
+                Heard::End => {}
+                Heard::Ending => self.await_exit().await,
+                Heard::Dismissed => return None,
+            }
+        }
+        if self.events.is_closed() {
+            return None;
+        }
+        let ending = self.settle().await?;
+        if let Some(child) = &mut self.child {
+            let _ = timeout(EXIT_TIMEOUT, child.wait()).await;
+        }
+        Some(ending)
+    }
+
+    /// Connects; nothing if the shim is dead.
+    async fn connect(&mut self) -> Option<UnixStream> {
+        let since = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            if let Ok(stream) = connect(&self.dir).await {
+                return Some(stream);
+            }
+            if self.events.is_closed() || self.is_dead().await {
+                return None;
+            }
+            if since.elapsed() > START_TIMEOUT
+                && let Some(child) = &mut self.child
+            {
+                tracing::warn!(attempt = %self.dir.attempt(), "a shim does not listen and is killed");
+                let _ = child.start_kill();
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Whether no shim lives and none is about to.
+    async fn is_dead(&mut self) -> bool {
+        let exited = match &mut self.child {
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            None => true,
+        };
+        exited && is_unlocked(&self.dir).await
+    }
+
+    /// Passes on what is said until the connection ends.
+    async fn converse(&mut self, stream: UnixStream) -> Heard {
+        let (mut reader, mut writer) = stream.into_split();
+        let mut lines = Lines::default();
+        let mut buffer = vec![0; 4096];
+        let mut sent = Wanted::default();
+        loop {
+            let wanted = self.wanted.borrow_and_update().clone();
+            if send_news(&mut writer, &wanted, &mut sent).await.is_err() {
+                return Heard::End;
+            }
+            tokio::select! {
+                biased;
+                // Cancel-safe: a read that does not complete has taken nothing.
+                read = reader.read(&mut buffer) => match read {
+                    Ok(0) | Err(_) => return Heard::End,
+                    Ok(length) => {
+                        lines.push(&buffer[..length]);
+                        match self.take_states(&mut lines).await {
+                            Ok(true) => return Heard::Ending,
+                            Ok(false) => {}
+                            Err(error) => {
+                                tracing::warn!(
+                                    attempt = %self.dir.attempt(),
+                                    error = &error as &dyn std::error::Error,
+                                    "a shim was not understood"
+                                );
+                                return Heard::End;
+                            }
+                        }
+                    }
+                },
+                // Cancel-safe: only tells that there is something, and what is taken at the top of the loop.
+                changed = self.wanted.changed() => if changed.is_err() {
+                    return Heard::Dismissed;
+                },
+                // Cancel-safe: takes nothing. The agent that this belonged to is no more.
+                () = self.events.closed() => return Heard::Dismissed,
+            }
+        }
+    }
+
+    /// Whether an ending was among the states.
+    async fn take_states(&mut self, lines: &mut Lines) -> io::Result<bool> {
+        while let Some(line) = lines.take()? {
+            let status: Status = serde_json::from_slice(&line)?;
+            if matches!(status.state, ShimState::Gone(_)) {
+                // Told when the shim is gone too; then it can be removed at once.
+                return Ok(true);
+            }
+            let event = RuntimeEvent {
+                attempt: self.dir.attempt(),
+                state: status.state,
+            };
+            let _ = self.events.send(event).await;
+        }
+        Ok(false)
+    }
+
+    async fn await_exit(&mut self) {
+        let since = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        while !is_unlocked(&self.dir).await {
+            if since.elapsed() > EXIT_TIMEOUT {
+                tracing::warn!(attempt = %self.dir.attempt(), "a shim told its ending and does not end");
+                return;
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The shim is dead: its ending, or what must stand for one once no process is left.
+    async fn settle(&mut self) -> Option<Ending> {
+        let mut pause = FIRST_PAUSE;
+        let mut told = false;
+        loop {
+            let (dir, now) = (self.dir.clone(), self.clock.now());
+            match blocking(move || settle(&dir, now)).await {
+                Ok(Some(ending)) => return Some(ending),
+                _ if self.events.is_closed() => return None,
+                Ok(None) => {
+                    if !told {
+                        let attempt = self.dir.attempt();
+                        let state = ShimState::Stopping;
+                        let _ = self.events.send(RuntimeEvent { attempt, state }).await;
+                    }
+                    told = true;
+                }
+                Err(error) => tracing::error!(
+                    attempt = %self.dir.attempt(),
+                    error = &error as &dyn std::error::Error,
+                    "the ending of an attempt cannot be recorded yet"
+                ),
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+/// Why a conversation is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    /// The connection broke.
+    End,
+    /// The shim told its ending.
+    Ending,
+    /// The runtime has no use for this follower.
+    Dismissed,
+}
+
+/// Sends what was not sent on this connection yet. The shim takes each order once, however often it comes.
+async fn send_news(
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    wanted: &Wanted,
+    sent: &mut Wanted,
+) -> io::Result<()> {
+    let mut command = Command::default();
+    if let (Some((go, interface)), None) = (&wanted.go, &sent.go) {
+        command.go = Some(go.clone());
+        command.interface.clone_from(interface);
+    }
+    if wanted.stop != sent.stop {
+        command.stop = wanted.stop;
+    }
+    sent.clone_from(wanted);
+    if command.go.is_none() && command.stop.is_none() {
+        return Ok(());
+    }
+    let line = line(&command)?;
+    timeout(SEND_TIMEOUT, writer.write_all(&line)).await?
+}
+
+/// Connects through a short path: an address holds 108 bytes, fewer than a path may have.
+async fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
+    let held = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW)
+        .open(dir.root())?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/{SOCKET}", held.as_raw_fd()));
+    UnixStream::connect(path).await
+}
+
+async fn is_unlocked(dir: &AttemptDir) -> bool {
+    let dir = dir.clone();
+    // A directory that is gone has no lock that anybody could hold.
+    blocking(move || match dir.is_unlocked() {
+        Ok(unlocked) => unlocked,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    })
+    .await
+}
+
+/// Starts the shim in a session of its own, with nothing of the agent's but a few variables and a log file.
+pub(super) fn start_shim(command: &[OsString], dir: &AttemptDir) -> io::Result<Child> {
+    let (program, arguments) = command
+        .split_first()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no shim program is set"))?;
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(dir.shim_log())?;
+    let inherited = INHERITED
+        .iter()
+        .filter_map(|name| Some((*name, std::env::var_os(name)?)));
+    let mut command = tokio::process::Command::new(program);
+    command
+        .args(arguments)
+        .arg(dir.root())
+        .env_clear()
+        .envs(inherited)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .current_dir("/")
+        .kill_on_drop(false);
+    detach(&mut command);
+    command.spawn()
+}
+
+#[expect(unsafe_code, reason = "code between fork and exec")]
+fn detach(command: &mut tokio::process::Command) {
+    let blocked = super::shim::blocked_signals();
+    // SAFETY: the closure makes system calls only and allocates nothing, so it may run between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            super::process::close_others();
+            nix::unistd::setsid()?;
+            blocked.thread_block()?;
+            Ok(())
+        });
+    }
+}
+
+/// One step towards an ending: nothing while processes of the attempt still live.
+fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Option<Ending>> {
+    if !dir.root().exists() {
+        return Ok(Some(Ending {
+            cause: EndCause::SupervisorLost,
+            message: "the attempt's directory was deleted by somebody else".to_owned(),
+            started: true,
+            ranks: Vec::new(),
+            ended_at: now,
+            outputs: None,
+            checkpoint: None,
+        }));
+    }
+    if let Ok(Some(ShimState::Gone(ending))) = dir.read_status() {
+        return Ok(Some(ending));
+    }
+    // Also keeps a late shim from starting meanwhile.
+    let Some(_lock) = dir.try_lock()? else {
+        return Ok(None);
+    };
+    let (member, settings) = read_member(dir)?;
+    let ending = match dir.read_shim()? {
+        None => never_started(dir, now),
+        Some(shim) => {
+            if !kill_all(&shim, &settings) {
+                return Ok(None);
+            }
+            unknown_ending(dir, &member.spec, EndCause::SupervisorLost, now)
+        }
+    };
+    dir.write_status(&ShimState::Gone(ending.clone()))?;
+    Ok(Some(ending))
+}
+
+/// Kills what a dead shim left. Whether nothing is left.
+fn kill_all(shim: &ShimFile, settings: &Settings) -> bool {
+    let cgroup = shim.cgroup.as_deref().and_then(Cgroup::existing);
+    let tree = Tree {
+        shim: shim.pid,
+        dead_shim: Some(shim),
+        cgroup: cgroup.as_ref(),
+        key: &settings.key,
+    };
+    let populated = || cgroup.as_ref().is_some_and(Cgroup::is_populated);
+    // Looked at twice: a process that is just being replaced by another program shows no environment.
+    for _ in 0..2 {
+        if populated() || !tree.living().is_empty() {
+            tree.kill();
+            return false;
+        }
+    }
+    if let Some(cgroup) = &cgroup {
+        cgroup.remove();
+    }
+    true
+}
+
+fn never_started(dir: &AttemptDir, now: Timestamp) -> Ending {
+    let log = std::fs::read(dir.shim_log()).unwrap_or_default();
+    let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(LOG_TAIL)..]);
+    let mut message = "the shim ended before it was ready".to_owned();
+    if !tail.trim().is_empty() {
+        message = format!("{message}: {}", tail.trim());
+    }
+    Ending {
+        cause: EndCause::PrepareFailed,
+        message,
+        started: false,
+        ranks: Vec::new(),
+        ended_at: now,
+        outputs: None,
+        checkpoint: None,
+    }
+}
+
+/// The ending of a member that nobody saw end.
+pub(super) fn unknown_ending(
+    dir: &AttemptDir,
+    spec: &MemberSpec,
+    cause: EndCause,
+    now: Timestamp,
+) -> Ending {
+    let started = dir.go().exists();
+    let what = match cause {
+        EndCause::NodeRebooted => "the node was rebooted",
+        _ => "the shim was killed",
+    };
+    let message = if started {
+        format!("{what} before the exit status was recorded")
+    } else {
+        format!("{what} before any rank was started")
+    };
+    let ranks = if started {
+        spec.supervised_ranks()
+    } else {
+        0..0
+    };
+    Ending {
+        cause,
+        message,
+        started,
+        ranks: ranks
+            .map(|rank| RankEnd {
+                rank,
+                exit: ExitStatus::Unknown,
+                at: now,
+                unprompted: false,
+                oom_killed: false,
+            })
+            .collect(),
+        ended_at: now,
+        outputs: None,
+        checkpoint: None,
+    }
+}
+
+/// What was accepted.
+pub(super) fn read_member(dir: &AttemptDir) -> io::Result<(MemberFile, Settings)> {
+    let missing = || io::Error::from(io::ErrorKind::NotFound);
+    let member: MemberFile = read_json(&dir.member())?.ok_or_else(missing)?;
+    let settings: Settings = read_json(&dir.settings())?.ok_or_else(missing)?;
+    if member.attempt != dir.attempt() {
+        let message = format!("the directory holds attempt {}", member.attempt);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    Ok((member, settings))
+}
+
+/// The directories of attempts. What an interrupted accept or removal left is deleted.
+pub(super) fn list(attempts: &Path) -> io::Result<Vec<AttemptDir>> {
+    let entries = match std::fs::read_dir(attempts) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX) {
+            if let Err(error) = delete_tree(&path) {
+                tracing::warn!(
+                    path = %path.display(),
+                    error = &error as &dyn std::error::Error,
+                    "a leftover directory cannot be deleted"
+                );
+            }
+            continue;
+        }
+        match name.parse::<AttemptRef>() {
+            Ok(attempt) if attempt.to_string() == name => {
+                found.push(AttemptDir::new(attempts, attempt));
+            }
+            _ => tracing::warn!(path = %path.display(), "not an attempt; left alone"),
+        }
+    }
+    found.sort_by_key(AttemptDir::attempt);
+    Ok(found)
+}
+
+/// Deletes an attempt's directory: first its name, so that it is whole or not there for everybody else.
+pub(super) fn remove(attempts: &Path, dir: &AttemptDir) -> io::Result<()> {
+    if let Ok(Some(ShimFile {
+        cgroup: Some(path), ..
+    })) = dir.read_shim()
+        && let Some(cgroup) = Cgroup::existing(&path)
+    {
+        cgroup.remove();
+    }
+    let old = attempts.join(format!("{OLD_PREFIX}{}", random_hex(8)?));
+    match std::fs::rename(dir.root(), &old) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    }
+    sync_dir(attempts)?;
+    delete_tree(&old)
+}

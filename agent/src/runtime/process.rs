@@ -1,0 +1,421 @@
+//! Single processes: what `/proc` says about one, signals that cannot hit a later process of the same number, reaping,
+//! and how a rank is started. All of the agent's `unsafe` for processes is here and in [`super::client`]'s start of
+//! the shim.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+pub(crate) use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Pid, getpid, getppid, setpgid};
+
+use super::launch::RankPlan;
+
+/// What `execve` never fails with: a step before it failed for a cause that lies in this machine.
+const SETUP_FAILED: Errno = Errno::ENOTRECOVERABLE;
+/// Linux's signals are 1 to 64.
+const LAST_SIGNAL: i32 = 64;
+
+/// A process as `/proc/PID/stat` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) pid: i32,
+    pub(crate) parent: i32,
+    pub(crate) session: i32,
+    /// Ticks since boot: with `pid`, this names a process for good.
+    pub(crate) start_time: u64,
+    /// Ended, only its exit status is left.
+    pub(crate) is_zombie: bool,
+    /// In a system call that no signal interrupts.
+    pub(crate) is_unkillable: bool,
+}
+
+impl Process {
+    /// The process of this number, if there is one.
+    pub(crate) fn find(pid: i32) -> Option<Self> {
+        // The program's name need not be text.
+        let bytes = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        Self::parse(&String::from_utf8_lossy(&bytes))
+    }
+
+    /// Every process that can be seen.
+    pub(crate) fn all() -> Vec<Self> {
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return Vec::new();
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter_map(Self::find)
+            .collect()
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        // The name in parentheses may hold anything, a parenthesis too, but what follows it holds none.
+        let pid = stat.split(' ').next()?.parse().ok()?;
+        let rest: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
+        let state = *rest.first()?;
+        Some(Self {
+            pid,
+            parent: rest.get(1)?.parse().ok()?,
+            session: rest.get(3)?.parse().ok()?,
+            start_time: rest.get(19)?.parse().ok()?,
+            is_zombie: matches!(state, "Z" | "X" | "x"),
+            is_unkillable: state == "D",
+        })
+    }
+
+    /// Sends a signal to this very process; does nothing if it has ended, whoever has its number now.
+    pub(crate) fn signal(&self, signal: Signal) {
+        match self.open() {
+            Some(Some(pidfd)) => pidfd_signal(&pidfd, signal),
+            // Before Linux 5.3 there is a gap between the check and the signal that cannot be closed.
+            Some(None) if Self::find(self.pid).is_some_and(|now| self.is_same(&now)) => {
+                let _ = nix::sys::signal::kill(Pid::from_raw(self.pid), signal);
+            }
+            Some(None) | None => {}
+        }
+    }
+
+    fn is_same(&self, now: &Self) -> bool {
+        (now.pid, now.start_time) == (self.pid, self.start_time)
+    }
+
+    /// Holds on to the process: nothing if it has ended, nothing inside if the kernel has no such handle.
+    #[expect(clippy::option_option, reason = "three answers, used in one place")]
+    fn open(&self) -> Option<Option<OwnedFd>> {
+        match pidfd_open(self.pid) {
+            Ok(pidfd) => Self::find(self.pid)
+                .is_some_and(|now| self.is_same(&now))
+                .then_some(Some(pidfd)),
+            Err(Errno::ENOSYS | Errno::EPERM | Errno::EMFILE | Errno::ENFILE) => Some(None),
+            Err(_) => None,
+        }
+    }
+
+    /// Whether the environment that it was started with holds `entry`, such as `NAME=value`.
+    pub(crate) fn environment_has(&self, entry: &[u8]) -> bool {
+        std::fs::read(format!("/proc/{}/environ", self.pid))
+            .is_ok_and(|bytes| bytes.split(|byte| *byte == 0).any(|own| own == entry))
+    }
+}
+
+/// The name of this process's pid namespace.
+pub(crate) fn pid_namespace() -> String {
+    std::fs::read_link("/proc/self/ns/pid")
+        .map(|path| path.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the library has no wrapper for this system call"
+)]
+fn pidfd_open(pid: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: the call takes two integers and touches no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = Errno::result(result)? as RawFd;
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the library has no wrapper for this system call"
+)]
+fn pidfd_signal(pidfd: &OwnedFd, signal: Signal) {
+    let info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: the descriptor is open while it is borrowed; the kernel allows a null pointer for the details.
+    // An error means that the process has ended or is not ours to signal, and the caller looks again anyhow.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal as libc::c_int,
+            info,
+            0,
+        );
+    }
+}
+
+/// What became of our children.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reaped {
+    /// One has ended, this way.
+    Ended(i32, ExitStatus),
+    /// There are some and none has ended.
+    StillRunning,
+    /// There are none, and so no descendants either: orphans would have become our children.
+    Childless,
+}
+
+/// Takes the exit status of one child that has ended. The library's own wrapper cannot be used: it turns an end by a
+/// real-time signal into an error and loses the status.
+#[expect(unsafe_code, reason = "the library's wrapper loses some exit statuses")]
+pub(crate) fn reap() -> Reaped {
+    let mut status: libc::c_int = 0;
+    loop {
+        // SAFETY: `status` is a valid place for one integer for the time of the call.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+        match Errno::result(pid) {
+            Ok(0) => return Reaped::StillRunning,
+            Ok(pid) => return Reaped::Ended(pid, ExitStatus::from_raw(status)),
+            Err(Errno::EINTR) => {}
+            Err(_) => return Reaped::Childless,
+        }
+    }
+}
+
+/// The user that ranks run as, looked up before the fork.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) uid: libc::uid_t,
+    pub(crate) gid: libc::gid_t,
+    pub(crate) groups: Vec<libc::gid_t>,
+}
+
+/// What all ranks of a member have in common.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    pub(crate) work: std::path::PathBuf,
+    pub(crate) cgroup: Option<std::fs::File>,
+    pub(crate) identity: Option<Identity>,
+}
+
+/// Why a rank could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpawnError {
+    /// The job's own fault.
+    #[error("cannot execute {program:?}: {error}")]
+    CannotExecute { program: String, error: Text },
+    /// The machine's fault.
+    #[error("the node could not start a process: {0}")]
+    Machine(Text),
+}
+
+/// An error's text without the number that the standard library appends.
+#[derive(Debug)]
+pub(crate) struct Text(io::Error);
+
+impl std::fmt::Display for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0.raw_os_error() {
+            Some(code) => f.write_str(Errno::from_raw(code).desc()),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+/// Starts one rank. Must be called from a thread that lives as long as the shim: the rank is killed when it ends.
+pub(crate) fn spawn(plan: &RankPlan, setup: &Setup) -> Result<Child, SpawnError> {
+    let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
+        let error = Text(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "no program is named",
+        ));
+        SpawnError::CannotExecute {
+            program: String::new(),
+            error,
+        }
+    })?;
+    if let Err(error) = std::fs::metadata(&setup.work) {
+        return Err(SpawnError::Machine(Text(error)));
+    }
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(&plan.env)
+        .current_dir(&setup.work)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    prepare(&mut command, setup);
+    command.spawn().map_err(|error| {
+        let machine = [
+            SETUP_FAILED,
+            Errno::EAGAIN,
+            Errno::ENOMEM,
+            Errno::EMFILE,
+            Errno::ENFILE,
+        ]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(*errno as i32));
+        if machine {
+            SpawnError::Machine(Text(error))
+        } else {
+            SpawnError::CannotExecute {
+                program: program.clone(),
+                error: Text(searched(program, plan, error)),
+            }
+        }
+    })
+}
+
+/// A search through a directory that may not be entered ends in "permission denied" although nothing was found.
+fn searched(program: &str, plan: &RankPlan, error: io::Error) -> io::Error {
+    let missing = error.kind() == io::ErrorKind::PermissionDenied
+        && !program.contains('/')
+        && plan.env.get("PATH").is_some_and(|path| {
+            !std::env::split_paths(path).any(|dir| dir.join(program).symlink_metadata().is_ok())
+        });
+    if missing { Errno::ENOENT.into() } else { error }
+}
+
+#[expect(unsafe_code, reason = "code between fork and exec")]
+fn prepare(command: &mut Command, setup: &Setup) {
+    let cgroup = setup.cgroup.as_ref().map(AsRawFd::as_raw_fd);
+    let identity = setup.identity.clone();
+    let shim = getpid();
+    // SAFETY: the closure makes system calls only and allocates nothing (its captures were made above), so it may run
+    // between fork and exec. The cgroup's descriptor is open until after the spawn, as `setup` is borrowed longer.
+    unsafe {
+        command.pre_exec(move || {
+            become_rank(cgroup, identity.as_ref(), shim).map_err(|_| SETUP_FAILED.into())
+        });
+    }
+}
+
+/// Runs in the child: makes it an ordinary process with nothing of the shim's, before it becomes the rank's program.
+fn become_rank(cgroup: Option<RawFd>, identity: Option<&Identity>, shim: Pid) -> Result<(), Errno> {
+    setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+    if let Some(cgroup) = cgroup {
+        // Failing here is not fatal: the shim then finds it as its descendant.
+        enter(cgroup);
+    }
+    umask(Mode::from_bits_truncate(0o022));
+    // No core files with secrets in them unless the program raises the limit itself.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_CORE) {
+        let _ = setrlimit(Resource::RLIMIT_CORE, 0, hard);
+    }
+    default_signals();
+    close_others();
+    if let Some(identity) = identity {
+        drop_to(identity)?;
+    }
+    // After the change of user, which clears it.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if getppid() != shim {
+        return Err(Errno::ESRCH);
+    }
+    Ok(())
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the library's wrappers do not take raw descriptors"
+)]
+fn enter(cgroup: RawFd) {
+    // SAFETY: the descriptor is open (see `prepare`) and the buffer holds one byte.
+    let _ = unsafe { libc::write(cgroup, b"0".as_ptr().cast(), 1) };
+}
+
+/// No signal is blocked or ignored in a program that did not ask for it.
+#[expect(
+    unsafe_code,
+    reason = "the C library hides two signals, which may be ignored all the same"
+)]
+fn default_signals() {
+    /// As long as the kernel's `struct sigaction` on any architecture; zeros mean the default action.
+    const DEFAULT: [u64; 8] = [0; 8];
+    /// Bytes of the kernel's set of signals.
+    const SET_BYTES: usize = 8;
+    for signal in 1..=LAST_SIGNAL {
+        let old: *mut u64 = std::ptr::null_mut();
+        // SAFETY: the kernel reads at most the constant, writes nothing, and refuses the signals that cannot be set.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                old,
+                SET_BYTES,
+            );
+        }
+    }
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+}
+
+/// Marks everything but standard input, output and error to be closed at exec. Rust's own descriptors are marked
+/// already; on kernels before 5.11, which lack the call, that has to do.
+#[expect(
+    unsafe_code,
+    reason = "the library has no wrapper for this system call"
+)]
+pub(crate) fn close_others() {
+    // SAFETY: marks descriptors only; none is closed while something in this process still uses it.
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
+    }
+}
+
+/// Becomes another user for good.
+#[expect(
+    unsafe_code,
+    reason = "the library's wrapper for groups allocates on some systems"
+)]
+fn drop_to(identity: &Identity) -> Result<(), Errno> {
+    // SAFETY: the pointer and the length are those of one live vector.
+    let result = unsafe { libc::setgroups(identity.groups.len(), identity.groups.as_ptr()) };
+    Errno::result(result)?;
+    nix::unistd::setresgid(
+        identity.gid.into(),
+        identity.gid.into(),
+        identity.gid.into(),
+    )?;
+    nix::unistd::setresuid(
+        identity.uid.into(),
+        identity.uid.into(),
+        identity.uid.into(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_names_do_not_confuse_the_parser() {
+        let stat = "812 (a) S 1 (b) D 77 812 800 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 99887 1 2";
+        assert_eq!(
+            Process::parse(stat),
+            Some(Process {
+                pid: 812,
+                parent: 77,
+                session: 800,
+                start_time: 99_887,
+                is_zombie: false,
+                is_unkillable: true,
+            })
+        );
+        for cut in 0..stat.len() {
+            let _ = Process::parse(&stat[..cut]);
+        }
+    }
+
+    #[test]
+    fn a_signal_hits_only_the_process_it_was_meant_for() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let found = Process::find(child.id().try_into().unwrap()).unwrap();
+        assert_eq!(found.parent, std::process::id() as i32);
+        let later = Process {
+            start_time: found.start_time + 1,
+            ..found
+        };
+        later.signal(Signal::SIGKILL);
+        assert!(child.try_wait().unwrap().is_none());
+        assert!(Process::all().contains(&Process::find(found.pid).unwrap()));
+        found.signal(Signal::SIGTERM);
+        assert_eq!(child.wait().unwrap().signal(), Some(15));
+    }
+}

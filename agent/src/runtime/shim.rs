@@ -1,0 +1,225 @@
+//! The start of the shim: the small process that holds a member's children, output and exit status and outlives the
+//! agent. Brings everything into place and hands over to `supervise.rs`.
+//!
+//! Must run on the main thread of a process of its own, before that process starts other threads: signals are blocked
+//! for all later threads, and the ranks are tied to the life of the thread that starts them.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::poll::{PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{Mode, umask};
+use trainyard_common::ids::AttemptRef;
+use trainyard_common::member::{EndCause, Ending};
+
+use crate::clock::Clock;
+
+use super::cgroup::Cgroup;
+use super::dir::{AttemptDir, SOCKET, read_json, write_json};
+use super::port::HeldPort;
+use super::process::{Identity, Process, close_others, pid_namespace};
+use super::supervise::{Parts, Supervisor};
+use super::wire::{MemberFile, Settings, ShimFile};
+use super::{RunAs, ShimState};
+
+/// Bytes set aside on disk, given up when the last state cannot be written for want of space: what a status file takes,
+/// and what each rank adds to it (about 150 bytes).
+const RESERVE_BYTES: usize = 8 << 10;
+const RESERVE_BYTES_PER_RANK: usize = 256;
+
+/// An agent's look at the lock takes microseconds; after this a shim has it.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE_MS: u8 = 5;
+
+/// The shim has nothing to do: another one has the attempt, or had it.
+const EXIT_NOT_MINE: u8 = 3;
+/// The shim could not come up; what is wrong is in its log, and in its status if that could be written.
+const EXIT_FAILED: u8 = 1;
+
+/// The whole program: supervises the member whose attempt directory this is and returns when all of its processes are
+/// gone and that is recorded.
+#[must_use]
+pub fn shim_main(dir: &Path) -> ExitCode {
+    supervise(dir, true)
+}
+
+/// The same, and without a cgroup if tests ask for what machines without one get.
+pub(super) fn supervise(dir: &Path, cgroup: bool) -> ExitCode {
+    match start(dir, cgroup) {
+        Ok(Some(supervisor)) => match supervisor.run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                // The agent finds the lock free and no ending, and cleans up.
+                note(&format!("cannot go on: {error}"));
+                ExitCode::from(EXIT_FAILED)
+            }
+        },
+        Ok(None) => ExitCode::from(EXIT_NOT_MINE),
+        Err(error) => {
+            note(&format!("cannot start: {error}"));
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+/// Says something to the operator. Standard error is the shim's log file; if it cannot be written, so be it.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Nothing if this is not the attempt's one shim.
+fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
+    // Fails if this process leads a session already, which is as good.
+    let _ = nix::unistd::setsid();
+    umask(Mode::from_bits_truncate(0o077));
+    close_others();
+    let root = path.canonicalize()?;
+    let attempt: AttemptRef = root
+        .file_name()
+        .and_then(|name| name.to_str())
+        .and_then(|name| name.parse().ok())
+        .ok_or_else(|| io::Error::other("the directory is not named like an attempt"))?;
+    let dir = AttemptDir::at(attempt, root);
+    if !lock_for_good(&dir)? {
+        note("another shim has this attempt");
+        return Ok(None);
+    }
+    if dir.status().exists() || dir.go().exists() {
+        note("this attempt was started before");
+        return Ok(None);
+    }
+    match prepare(&dir, cgroup) {
+        Ok(supervisor) => Ok(Some(supervisor)),
+        Err(error) => {
+            let ending = Ending {
+                cause: EndCause::PrepareFailed,
+                message: format!("the shim could not prepare: {error}"),
+                started: false,
+                ranks: Vec::new(),
+                ended_at: Clock::start().now(),
+                outputs: None,
+                checkpoint: None,
+            };
+            dir.write_status(&ShimState::Gone(ending))?;
+            Err(error)
+        }
+    }
+}
+
+/// Takes the lock until this process ends, however it does. An agent that only looks has it for a moment.
+fn lock_for_good(dir: &AttemptDir) -> io::Result<bool> {
+    for _ in 0..LOCK_TRIES {
+        if let Some(lock) = dir.try_lock()? {
+            std::mem::forget(lock);
+            return Ok(true);
+        }
+        let _ = poll(&mut [], PollTimeout::from(LOCK_PAUSE_MS));
+    }
+    Ok(false)
+}
+
+fn prepare(dir: &AttemptDir, cgroup: bool) -> io::Result<Supervisor> {
+    let member: MemberFile = require(&dir.member())?;
+    let settings: Settings = require(&dir.settings())?;
+    let signals = block_signals()?;
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let cgroup = cgroup.then(|| Cgroup::create(dir.attempt())).flatten();
+    write_json(&dir.shim(), &identify(cgroup.as_ref()))?;
+    set_aside(dir, member.spec.procs_per_node)?;
+    let identity = settings.run_as.as_ref().map(look_up);
+    // The socket's address holds 108 bytes, fewer than a path may have.
+    std::env::set_current_dir(dir.root())?;
+    let _ = std::fs::remove_file(SOCKET);
+    let listener = UnixListener::bind(SOCKET)?;
+    Supervisor::new(Parts {
+        dir: dir.clone(),
+        spec: member.spec,
+        settings,
+        port: HeldPort::take()?,
+        cgroup,
+        listener,
+        signals,
+        identity,
+    })
+}
+
+fn require<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
+    read_json(path)?.ok_or_else(|| {
+        let name = path.display();
+        io::Error::new(io::ErrorKind::NotFound, format!("{name} is missing"))
+    })
+}
+
+fn identify(cgroup: Option<&Cgroup>) -> ShimFile {
+    let pid = nix::unistd::getpid().as_raw();
+    ShimFile {
+        pid,
+        start_time: Process::find(pid).map_or(0, |own| own.start_time),
+        pid_namespace: pid_namespace(),
+        cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
+    }
+}
+
+fn block_signals() -> io::Result<SignalFd> {
+    blocked_signals().thread_block()?;
+    let mut read = SigSet::empty();
+    read.add(Signal::SIGCHLD);
+    read.add(Signal::SIGTERM);
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok(SignalFd::with_flags(&read, flags)?)
+}
+
+/// What must not interrupt or end a shim. The agent's end, its terminal's end and the like are none of its business;
+/// what matters is read from a descriptor. The agent blocks them before the shim's program begins, so that none is lost.
+pub(super) fn blocked_signals() -> SigSet {
+    let mut blocked = SigSet::empty();
+    for signal in [
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGPIPE,
+        Signal::SIGALRM,
+        Signal::SIGTERM,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+        Signal::SIGCHLD,
+        Signal::SIGTSTP,
+        Signal::SIGTTIN,
+        Signal::SIGTTOU,
+    ] {
+        blocked.add(signal);
+    }
+    blocked
+}
+
+fn set_aside(dir: &AttemptDir, ranks: u32) -> io::Result<()> {
+    let bytes = RESERVE_BYTES + RESERVE_BYTES_PER_RANK * ranks as usize;
+    // Written, not only allocated: some file systems promise space and break it. No need to sync.
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(dir.reserve())?;
+    file.write_all(&vec![0; bytes])
+}
+
+/// The user's groups (GPU devices are often a group's), or its own one if they cannot be found out.
+fn look_up(user: &RunAs) -> Identity {
+    let groups = std::ffi::CString::new(user.name.as_str())
+        .ok()
+        .and_then(|name| nix::unistd::getgrouplist(&name, user.gid.into()).ok())
+        .map(|groups| groups.iter().map(|group| group.as_raw()).collect())
+        .unwrap_or_else(|| vec![user.gid]);
+    Identity {
+        uid: user.uid,
+        gid: user.gid,
+        groups,
+    }
+}

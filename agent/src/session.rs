@@ -1,0 +1,487 @@
+//! The session with the coordinator: opens it, says everything about this node, takes the whole desired set, then passes
+//! single changes both ways. Any doubt ends the session, and the next one begins with full sets again.
+//!
+//! It decides nothing about members. What it does decide: which coordinator is obeyed (never one with a lower term than
+//! one seen before), and when to try again.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+use trainyard_common::error::{ErrorCode, Refusal};
+use trainyard_common::ids::{AttemptRef, Term};
+use trainyard_common::inventory::Inventory;
+use trainyard_common::limits::{HEARTBEAT_INTERVAL, MAX_MESSAGE};
+use trainyard_common::member::{DesiredMember, ObservedMember};
+use trainyard_proto::convert::pages::{Assembler, PageError, observed_pages};
+use trainyard_proto::convert::{self, InvalidField};
+use trainyard_proto::status::from_status;
+use trainyard_proto::v1::agent_message::Message as Ours;
+use trainyard_proto::v1::agent_service_client::AgentServiceClient;
+use trainyard_proto::v1::coordinator_message::Message as Theirs;
+use trainyard_proto::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, v1};
+use trainyard_transport::client::ConnectError;
+
+use crate::backoff::Backoff;
+use crate::chain::chain;
+use crate::clock::wall_now;
+use crate::link::Link;
+use crate::outgoing::Outgoing;
+use crate::probe::Probe;
+use crate::spawn::blocking;
+use crate::state::{AgentState, StateError};
+
+/// How long the coordinator may take to answer with everything that it wants. It reads the observed set first, and at
+/// 10,000 agents that come back at once it takes a while.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Heartbeats that may stay unanswered before the session is given up.
+const SILENT_HEARTBEATS: u32 = 3;
+/// Bounds for the heartbeat interval that a coordinator may ask for.
+const HEARTBEAT_BOUNDS: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_secs(300));
+/// Messages that wait for the network; reports beyond them wait in [`Outgoing`].
+const SEND_QUEUE: usize = 32;
+/// How long a goodbye may take to leave.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What the session tells the driver.
+#[derive(Debug)]
+pub(crate) enum SessionEvent {
+    /// A session is being opened with this inventory. The driver answers with the whole observed set, and everything
+    /// that it reports afterwards is newer than that.
+    Opening {
+        inventory: Box<Inventory>,
+        observed: oneshot::Sender<Vec<ObservedMember>>,
+    },
+    /// It is open; this is everything that is desired.
+    Open(Vec<DesiredMember>),
+    /// One member is desired, or desired differently.
+    Desired(Box<DesiredMember>),
+    /// A member's end is on record.
+    Forget(AttemptRef),
+    /// It is over.
+    Closed,
+}
+
+/// What a session needs.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) link: Link,
+    pub(crate) state: AgentState,
+    pub(crate) probe: Arc<Probe>,
+    /// The agent's data directory.
+    pub(crate) dir: PathBuf,
+    pub(crate) advertise_address: Option<String>,
+    pub(crate) outgoing: Arc<Outgoing>,
+    pub(crate) driver: mpsc::Sender<SessionEvent>,
+    /// The agent's process is about to end.
+    pub(crate) leaving: CancellationToken,
+}
+
+/// Why a session is over.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("the coordinator refuses this node: {0}")]
+    Refused(Refusal),
+    #[error("the connection to the coordinator broke")]
+    Broken(#[source] Box<tonic::Status>),
+    #[error("the coordinator closed the session")]
+    Closed,
+    #[error("the coordinator did not answer in time")]
+    Silent,
+    #[error("the coordinator asks for a new session: {0}")]
+    Resync(String),
+    #[error("a coordinator with term {0} was refused, as one with term {1} was seen before")]
+    StaleTerm(Term, Term),
+    #[error("the coordinator said something out of place: {0}")]
+    Protocol(&'static str),
+    #[error("the coordinator said something that makes no sense")]
+    Invalid(#[from] InvalidField),
+    #[error("the desired set arrived damaged")]
+    Pages(#[from] PageError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("the certificate was renewed")]
+    Renewed,
+    #[error("the agent is leaving")]
+    Leaving,
+}
+
+impl From<tonic::Status> for SessionError {
+    fn from(status: tonic::Status) -> Self {
+        let refusal = from_status(&status);
+        match refusal.code {
+            ErrorCode::Unavailable | ErrorCode::Internal | ErrorCode::Exhausted => {
+                Self::Broken(Box::new(status))
+            }
+            ErrorCode::Invalid
+            | ErrorCode::NotFound
+            | ErrorCode::AlreadyExists
+            | ErrorCode::FailedPrecondition
+            | ErrorCode::PermissionDenied
+            | ErrorCode::Unauthenticated
+            | ErrorCode::Compacted
+            | ErrorCode::Unimplemented => Self::Refused(refusal),
+        }
+    }
+}
+
+impl SessionError {
+    /// Whether trying again soon would be the same again, until a person has done something.
+    fn needs_a_person(&self) -> bool {
+        match self {
+            Self::Connect(error) => !error.is_unreachable(),
+            Self::Refused(_) | Self::StaleTerm(..) | Self::State(_) => true,
+            Self::Broken(_)
+            | Self::Closed
+            | Self::Silent
+            | Self::Resync(_)
+            | Self::Protocol(_)
+            | Self::Invalid(_)
+            | Self::Pages(_)
+            | Self::Renewed
+            | Self::Leaving => false,
+        }
+    }
+}
+
+impl Session {
+    /// Keeps a session open until the agent leaves.
+    pub(crate) async fn run(mut self) {
+        let mut backoff = Backoff::new();
+        let mut told = String::new();
+        loop {
+            let mut healthy = false;
+            let error = match self.once(&mut healthy).await {
+                Ok(never) => match never {},
+                Err(error) => error,
+            };
+            if healthy {
+                backoff.reset();
+                told.clear();
+            }
+            let text = self.explain(&error);
+            match &error {
+                SessionError::Leaving => return,
+                SessionError::Renewed => continue,
+                _ if error.needs_a_person() => {
+                    backoff.slow_down();
+                    if told != text {
+                        tracing::error!(
+                            error = text,
+                            "no session with the coordinator, members live on"
+                        );
+                    }
+                }
+                _ if told != text => {
+                    tracing::warn!(
+                        error = text,
+                        "no session with the coordinator, members live on"
+                    );
+                }
+                _ => tracing::debug!(error = text, "still no session with the coordinator"),
+            }
+            told = text;
+            let pause = backoff.pause();
+            tokio::select! {
+                biased;
+                // Cancel-safe: only waits.
+                () = self.leaving.cancelled() => return,
+                // Cancel-safe: only waits.
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// The error with its causes; and with the one that TLS does not tell.
+    fn explain(&self, error: &SessionError) -> String {
+        let text = chain(error);
+        let broke = matches!(error, SessionError::Connect(_) | SessionError::Broken(_));
+        if broke && self.link.cert().not_after() <= wall_now() {
+            return format!(
+                "{text}; this node's certificate has expired: enrol it again with `yard join`"
+            );
+        }
+        text
+    }
+
+    /// One session from its beginning to its end.
+    async fn once(&mut self, healthy: &mut bool) -> Result<std::convert::Infallible, SessionError> {
+        let leaving = self.leaving.clone();
+        let opened = tokio::select! {
+            biased;
+            // Cancel-safe: only waits.
+            () = leaving.cancelled() => return Err(SessionError::Leaving),
+            // Dropping it half way closes the connection, and nothing has been done yet on the coordinator's word but
+            // to keep a higher term.
+            opened = self.open() => opened?,
+        };
+        let Open { open, desired } = opened;
+        self.tell(SessionEvent::Open(desired)).await?;
+        tracing::info!(term = open.term.0, node = %self.link.node(), "session with the coordinator is open");
+        let result = self.duplex(open, healthy).await;
+        // The driver is only gone when the agent is.
+        let _ = self.tell(SessionEvent::Closed).await;
+        result
+    }
+
+    async fn tell(&self, event: SessionEvent) -> Result<(), SessionError> {
+        self.driver
+            .send(event)
+            .await
+            .map_err(|_| SessionError::Leaving)
+    }
+
+    /// Exchanges the full sets.
+    async fn open(&mut self) -> Result<Open, SessionError> {
+        let renewals = {
+            let mut renewals = self.link.renewals();
+            renewals.mark_unchanged();
+            renewals
+        };
+        let (probe, dir) = (self.probe.clone(), self.dir.clone());
+        let inventory = blocking(move || probe.read(&dir)).await;
+        let channel = self.link.connect().await?;
+        let hello = self.hello(&inventory);
+        let (reply, observed) = oneshot::channel();
+        self.tell(SessionEvent::Opening {
+            inventory: Box::new(inventory),
+            observed: reply,
+        })
+        .await?;
+        let observed = observed.await.map_err(|_| SessionError::Leaving)?;
+        let pages = observed_pages(&observed)
+            .into_iter()
+            .map(Ours::ObservedPage);
+        let first: Vec<_> = std::iter::once(Ours::Hello(hello)).chain(pages).collect();
+        let (sender, receiver) = mpsc::channel(SEND_QUEUE);
+        let requests = tokio_stream::iter(first)
+            .chain(ReceiverStream::new(receiver))
+            .map(|message| v1::AgentMessage {
+                message: Some(message),
+            });
+        let mut client = AgentServiceClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        let answer = async {
+            let messages = client.session(requests).await?.into_inner();
+            let mut open = OpenSession {
+                messages,
+                sender,
+                heartbeat: HEARTBEAT_INTERVAL,
+                term: Term(0),
+                renewals,
+            };
+            let desired = self.read_answer(&mut open).await?;
+            Ok(Open { open, desired })
+        };
+        timeout(ANSWER_TIMEOUT, answer)
+            .await
+            .unwrap_or(Err(SessionError::Silent))
+    }
+
+    fn hello(&self, inventory: &Inventory) -> v1::Hello {
+        v1::Hello {
+            protocol_version: PROTOCOL_VERSION,
+            oldest_protocol_version: OLDEST_PROTOCOL_VERSION,
+            capabilities: Vec::new(),
+            cluster: self.link.cluster().0.to_vec(),
+            incarnation: self.state.incarnation().0,
+            boot_id: self.state.boot_id().to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            address: self.advertise_address.clone().unwrap_or_default(),
+            inventory: Some(inventory.into()),
+            term: self.state.term().0,
+        }
+    }
+
+    /// Reads welcome and desired set.
+    async fn read_answer(
+        &mut self,
+        open: &mut OpenSession,
+    ) -> Result<Vec<DesiredMember>, SessionError> {
+        let Theirs::Welcome(welcome) = self.next(open).await? else {
+            return Err(SessionError::Protocol("something else than a welcome"));
+        };
+        self.check_welcome(&welcome)?;
+        let interval = convert::to_duration("heartbeat_interval", welcome.heartbeat_interval)?;
+        let (shortest, longest) = HEARTBEAT_BOUNDS;
+        open.heartbeat = interval.clamp(shortest, longest);
+        let mut assembler = Assembler::<DesiredMember>::new();
+        loop {
+            match self.next(open).await? {
+                Theirs::DesiredPage(page) => {
+                    if let Some(desired) = assembler.push(page)? {
+                        return Ok(desired);
+                    }
+                }
+                Theirs::Resync(resync) => return Err(SessionError::Resync(resync.reason)),
+                Theirs::Welcome(_)
+                | Theirs::Desired(_)
+                | Theirs::Forget(_)
+                | Theirs::HeartbeatAck(_) => {
+                    return Err(SessionError::Protocol("a message amid the desired set"));
+                }
+            }
+        }
+    }
+
+    fn check_welcome(&self, welcome: &v1::Welcome) -> Result<(), SessionError> {
+        let version = welcome.protocol_version;
+        if !(OLDEST_PROTOCOL_VERSION..=PROTOCOL_VERSION).contains(&version) {
+            let message = format!(
+                "the coordinator speaks protocol version {version}, this agent {OLDEST_PROTOCOL_VERSION} to \
+                 {PROTOCOL_VERSION}: upgrade the older one of them"
+            );
+            return Err(SessionError::Refused(Refusal::new(
+                ErrorCode::FailedPrecondition,
+                "PROTOCOL_VERSION",
+                message,
+            )));
+        }
+        if convert::cluster("cluster", &welcome.cluster)? != self.link.cluster()
+            || convert::node_id("node", welcome.node)? != self.link.node()
+        {
+            return Err(SessionError::Protocol("a welcome for somebody else"));
+        }
+        Ok(())
+    }
+
+    /// The next message of the coordinator, if its term may be obeyed.
+    async fn next(&mut self, open: &mut OpenSession) -> Result<Theirs, SessionError> {
+        let message = open.messages.message().await?.ok_or(SessionError::Closed)?;
+        self.check_term(open, Term(message.term))?;
+        message.message.ok_or(SessionError::Protocol(
+            "an empty message, or one of a newer version",
+        ))
+    }
+
+    fn check_term(&mut self, open: &mut OpenSession, term: Term) -> Result<(), SessionError> {
+        let seen = self.state.term();
+        if term < seen {
+            return Err(SessionError::StaleTerm(term, seen));
+        }
+        if term > seen {
+            // It waits for the disk, but once for each start of a coordinator, and nothing may go on before.
+            self.state.raise_term(term)?;
+        }
+        open.term = term;
+        Ok(())
+    }
+
+    /// Passes changes both ways until something ends the session.
+    async fn duplex(
+        &mut self,
+        mut open: OpenSession,
+        healthy: &mut bool,
+    ) -> Result<std::convert::Infallible, SessionError> {
+        let leaving = self.leaving.clone();
+        let outgoing = self.outgoing.clone();
+        let sender = open.sender.clone();
+        let mut renewals = open.renewals.clone();
+        let silence = open.heartbeat * SILENT_HEARTBEATS;
+        let mut give_up = Instant::now() + silence;
+        let mut ticks = interval(open.heartbeat);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sequence = 0;
+        loop {
+            let waiting = !outgoing.is_empty();
+            tokio::select! {
+                biased;
+                // Cancel-safe: only waits.
+                () = leaving.cancelled() => break,
+                // Cancel-safe: only waits. A sender that is gone never renews.
+                Ok(()) = renewals.changed() => return Err(SessionError::Renewed),
+                // Cancel-safe: a message is taken whole or stays; the term is kept after that within this branch's body.
+                message = open.messages.message() => {
+                    let message = message?.ok_or(SessionError::Closed)?;
+                    self.check_term(&mut open, Term(message.term))?;
+                    give_up = Instant::now() + silence;
+                    *healthy |= matches!(message.message, Some(Theirs::HeartbeatAck(_)));
+                    self.pass_on(message.message).await?;
+                }
+                // Cancel-safe: a place that is not used is given back.
+                permit = sender.reserve(), if waiting => {
+                    let permit = permit.map_err(|_| SessionError::Closed)?;
+                    if let Some(report) = outgoing.pop() {
+                        permit.send(Ours::Observed((&report).into()));
+                    }
+                }
+                // Cancel-safe: a notification that is not taken stays.
+                () = outgoing.pushed(), if !waiting => {}
+                // Cancel-safe: only waits.
+                _ = ticks.tick() => {
+                    sequence += 1;
+                    // A full queue has messages that say the same: this agent lives.
+                    let _ = sender.try_send(Ours::Heartbeat(v1::Heartbeat { sequence }));
+                }
+                // Cancel-safe: only waits.
+                () = sleep_until(give_up) => return Err(SessionError::Silent),
+            }
+        }
+        drop(sender);
+        self.say_goodbye(open).await;
+        Err(SessionError::Leaving)
+    }
+
+    async fn pass_on(&self, message: Option<Theirs>) -> Result<(), SessionError> {
+        match message {
+            Some(Theirs::Desired(desired)) => {
+                let member = DesiredMember::try_from(desired)?;
+                self.tell(SessionEvent::Desired(Box::new(member))).await
+            }
+            Some(Theirs::Forget(attempt)) => {
+                self.tell(SessionEvent::Forget(attempt.try_into()?)).await
+            }
+            Some(Theirs::HeartbeatAck(_)) => Ok(()),
+            Some(Theirs::Resync(resync)) => Err(SessionError::Resync(resync.reason)),
+            Some(Theirs::Welcome(_) | Theirs::DesiredPage(_)) => {
+                Err(SessionError::Protocol("a second beginning"))
+            }
+            // Perhaps something that only a newer version knows; full sets are always understood.
+            None => Err(SessionError::Protocol(
+                "an empty message, or one of a newer version",
+            )),
+        }
+    }
+
+    /// Says that the silence to come is meant.
+    async fn say_goodbye(&self, mut open: OpenSession) {
+        let reason = "the agent's process ends; its members live on".to_owned();
+        let goodbye = async {
+            while let Some(report) = self.outgoing.pop() {
+                let _ = open.sender.send(Ours::Observed((&report).into())).await;
+            }
+            let _ = open
+                .sender
+                .send(Ours::GoingAway(v1::GoingAway { reason }))
+                .await;
+            // The end of our half; the coordinator then ends its own.
+            drop(open.sender);
+            while let Ok(Some(_)) = open.messages.message().await {}
+        };
+        let _ = timeout(GOODBYE_TIMEOUT, goodbye).await;
+    }
+}
+
+/// A session whose full sets are exchanged.
+struct Open {
+    open: OpenSession,
+    desired: Vec<DesiredMember>,
+}
+
+struct OpenSession {
+    messages: Streaming<v1::CoordinatorMessage>,
+    sender: mpsc::Sender<Ours>,
+    heartbeat: Duration,
+    term: Term,
+    renewals: tokio::sync::watch::Receiver<u64>,
+}

@@ -1,0 +1,242 @@
+//! The rules of the house that a compiler does not check: which crate may depend on which, and the form of the tree.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+use trainyard_tests::repository;
+
+/// A source file beyond this holds two ideas.
+const MAX_LINES: usize = 900;
+
+/// Who may depend on whom within the workspace. Development dependencies count, too.
+const MAY_DEPEND: [(&str, &[&str]); 10] = [
+    ("trainyard-common", &[]),
+    ("trainyard-coordinator-core", &["trainyard-common"]),
+    ("trainyard-agent-core", &["trainyard-common"]),
+    ("trainyard-proto", &["trainyard-common"]),
+    (
+        "trainyard-transport",
+        &["trainyard-common", "trainyard-proto"],
+    ),
+    ("trainyard-fake-nvml", &[]),
+    (
+        "trainyard-coordinator",
+        &[
+            "trainyard-common",
+            "trainyard-coordinator-core",
+            "trainyard-proto",
+            "trainyard-transport",
+        ],
+    ),
+    (
+        "trainyard-agent",
+        &[
+            "trainyard-common",
+            "trainyard-agent-core",
+            "trainyard-proto",
+            "trainyard-transport",
+        ],
+    ),
+    (
+        "trainyard",
+        &[
+            "trainyard-common",
+            "trainyard-proto",
+            "trainyard-transport",
+            "trainyard-coordinator",
+            "trainyard-agent",
+            "trainyard-fake-nvml",
+        ],
+    ),
+    ("trainyard-tests", &[]),
+];
+
+/// What the pure crates and the shared vocabulary may use from outside.
+const PURE_CRATES: [&str; 3] = [
+    "trainyard-common",
+    "trainyard-coordinator-core",
+    "trainyard-agent-core",
+];
+const PURE_MAY_USE: [&str; 3] = ["thiserror", "serde", "proptest"];
+/// For tests of the shared vocabulary only.
+const PURE_MAY_TEST_WITH: [&str; 1] = ["serde_json"];
+
+fn metadata() -> Value {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--no-deps",
+            "--locked",
+            "--offline",
+        ])
+        .current_dir(repository())
+        .output()
+        .expect("cargo can be started");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON")
+}
+
+fn text<'a>(value: &'a Value, field: &str) -> &'a str {
+    value[field]
+        .as_str()
+        .unwrap_or_else(|| panic!("no {field} in {value}"))
+}
+
+#[test]
+fn dependencies_point_in_one_direction() {
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().expect("packages");
+    let names: BTreeSet<_> = packages
+        .iter()
+        .map(|package| text(package, "name"))
+        .collect();
+    let known: BTreeSet<_> = MAY_DEPEND.iter().map(|(name, _)| *name).collect();
+    assert_eq!(
+        names, known,
+        "a crate came or went: give it its place in the house"
+    );
+    for package in packages {
+        let name = text(package, "name");
+        let (_, allowed) = MAY_DEPEND
+            .iter()
+            .find(|(known, _)| *known == name)
+            .expect("checked above");
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let on = text(dependency, "name");
+            if names.contains(on) {
+                assert!(allowed.contains(&on), "{name} must not depend on {on}");
+            } else if PURE_CRATES.contains(&name) {
+                let for_tests = dependency["kind"] == "dev" && PURE_MAY_TEST_WITH.contains(&on);
+                assert!(
+                    for_tests || PURE_MAY_USE.contains(&on),
+                    "{name} is pure and must not use {on}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_crate_takes_lints_and_version_from_the_workspace() {
+    for manifest in files(&repository(), "Cargo.toml") {
+        let text = std::fs::read_to_string(&manifest).expect("readable");
+        if text.contains("[workspace]") {
+            continue;
+        }
+        assert!(
+            text.contains("[lints]\nworkspace = true"),
+            "{} has lints of its own",
+            manifest.display()
+        );
+        assert!(
+            text.contains("version.workspace = true"),
+            "{} has a version of its own",
+            manifest.display()
+        );
+    }
+}
+
+#[test]
+fn every_source_file_says_what_it_owns_and_holds_one_idea() {
+    let mut faults = Vec::new();
+    for file in files(&repository(), ".rs") {
+        let text = std::fs::read_to_string(&file).expect("readable");
+        if !text.starts_with("//!") {
+            faults.push(format!("{} does not open with //!", file.display()));
+        }
+        let lines = text.lines().count();
+        if lines > MAX_LINES {
+            faults.push(format!("{} has {lines} lines", file.display()));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn every_dependency_has_its_line_in_the_decisions() {
+    let page = std::fs::read_to_string(repository().join("docs/decisions/dependencies.md"))
+        .expect("the page is there");
+    let manifest = std::fs::read_to_string(repository().join("Cargo.toml")).expect("readable");
+    let section = manifest
+        .split("[workspace.dependencies]")
+        .nth(1)
+        .expect("a section")
+        .split("\n[")
+        .next()
+        .expect("its text");
+    let names = section
+        .lines()
+        .filter_map(|line| line.split_once(" = "))
+        .map(|(name, _)| name.trim());
+    let missing: Vec<_> = names
+        .filter(|name| !name.starts_with("trainyard") && !page.contains(&format!("`{name}`")))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "docs/decisions/dependencies.md says nothing of {missing:?}"
+    );
+}
+
+#[test]
+fn only_one_provider_of_cryptography_is_linked() {
+    for unwanted in ["ring", "openssl-sys", "native-tls"] {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let tree = Command::new(cargo)
+            .args([
+                "tree",
+                "--workspace",
+                "--locked",
+                "--offline",
+                "--edges",
+                "normal,build",
+                "--prefix",
+                "none",
+            ])
+            .current_dir(repository())
+            .output()
+            .expect("cargo can be started");
+        assert!(
+            tree.status.success(),
+            "{}",
+            String::from_utf8_lossy(&tree.stderr)
+        );
+        let text = String::from_utf8_lossy(&tree.stdout);
+        let found = text
+            .lines()
+            .any(|line| line.split(' ').next() == Some(unwanted));
+        assert!(
+            !found,
+            "{unwanted} came in; see docs/decisions/dependencies.md"
+        );
+    }
+}
+
+/// Files below `dir` whose name ends so, without build output and hidden folders.
+fn files(dir: &Path, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).expect("readable") {
+        let path = entry.expect("readable").path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default()
+            .to_owned();
+        if path.is_dir() {
+            if name != "target" && !name.starts_with('.') {
+                found.extend(files(&path, ending));
+            }
+        } else if name.ends_with(ending) {
+            found.push(path);
+        }
+    }
+    found
+}
