@@ -304,7 +304,7 @@ pub(crate) struct OutputsArgs {
     /// The job
     #[arg(value_name = "ID")]
     pub(crate) job: JobId,
-    /// Where to put them [default: ./<job id>-outputs]
+    /// Where to put them [default: ./ID-outputs]
     #[arg(long, value_name = "DIR")]
     pub(crate) to: Option<PathBuf>,
     /// Fetch the checkpoint instead
@@ -512,7 +512,7 @@ pub(crate) struct CoordinatorRunArgs {
     /// Read its configuration from a TOML file; flags given beside it count more
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Where it keeps its state [default: <data dir>/coordinator]
+    /// Where it keeps its state [default: DATA_DIR/coordinator]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Address to listen on [default: 0.0.0.0:7443]
@@ -555,7 +555,7 @@ pub(crate) struct AgentRunArgs {
 
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct AgentFlags {
-    /// Where it keeps its state [default: <data dir>/agent, for root /var/lib/trainyard/agent]
+    /// Where it keeps its state [default: DATA_DIR/agent, for root /var/lib/trainyard/agent]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Address at which other nodes reach this one [default: that of its connection to the coordinator]

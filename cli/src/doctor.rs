@@ -219,8 +219,7 @@ fn python() -> Check {
 fn disk(dir: &Path) -> Check {
     match nix::sys::statvfs::statvfs(dir) {
         Ok(stat) => {
-            let free =
-                u64::from(stat.blocks_available()).saturating_mul(u64::from(stat.fragment_size()));
+            let free = stat.blocks_available().saturating_mul(stat.fragment_size());
             let found = format!("{} free at {}", format_bytes(free), dir.display());
             if free < LITTLE_DISK {
                 note(

@@ -43,7 +43,7 @@ pub(crate) async fn read(
 ) -> Result<(), Failure> {
     let mut patience = Patience::default();
     loop {
-        let status = match connection.logs().read(request.clone()).await {
+        let status = match connection.logs().read(request).await {
             Ok(answer) => {
                 let mut stream = answer.into_inner();
                 loop {

@@ -483,12 +483,42 @@ fn what_is_not_wanted_is_left_alone_and_reported() {
 }
 
 #[test]
-fn nothing_alive_is_forgotten() {
+fn nothing_is_forgotten_before_its_end_is_told() {
+    let id = "j1.0.1";
     let mut env = Env::new();
-    env.running("j1.0.1");
-    let effects = env.tell(Event::ForgetRequested(attempt("j1.0.1")));
+    env.running(id);
+    let forget = Event::ForgetRequested(attempt(id));
+    let effects = env.tell(forget.clone());
     assert!(matches!(effects[..], [Effect::Note { .. }]), "{effects:?}");
-    assert_eq!(env.core.observed().len(), 1);
+    // Nor while its results are on their way.
+    env.runtime(id, RuntimeState::Gone(ending(EndCause::Completed, true)));
+    let effects = env.tell(forget);
+    assert!(matches!(effects[..], [Effect::Note { .. }]), "{effects:?}");
+    assert!(matches!(env.phase(id), ObservedPhase::Uploading(_)));
+}
+
+#[test]
+fn a_go_is_given_once_and_a_retry_that_is_not_wanted_any_more_is_dropped() {
+    let id = "j1.0.1";
+    let mut env = Env::new();
+    env.ready(id);
+    let run = || DesiredPhase::Run(go());
+    let effects = env.desire(id, run());
+    assert_eq!(effects, [Effect::Go(attempt(id), go())]);
+    assert_eq!(env.desire(id, run()), []);
+    assert_eq!(env.tell(Event::TimerFired), []);
+    env.tell(Event::GoFailed {
+        attempt: attempt(id),
+        error: "disk full".to_owned(),
+    });
+    assert_eq!(env.connect(Vec::new()), []);
+    env.now = env.core.next_deadline().unwrap();
+    assert_eq!(env.tell(Event::TimerFired), []);
+    assert_eq!(
+        env.core.next_deadline(),
+        None,
+        "the timer must come to rest"
+    );
 }
 
 #[test]
