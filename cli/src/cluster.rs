@@ -36,14 +36,10 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
     let (context, started) = LocalCluster::new(paths.local()).start(&plan).await?;
     let endpoints: Vec<_> = context.endpoints.iter().map(ToString::to_string).collect();
     if args.json {
-        let answer = json!({ "endpoints": endpoints, "agents_started": started, "cluster": context.credentials.cluster });
+        let answer = json!({ "endpoints": endpoints, "processes_started": started, "cluster": context.credentials.cluster });
         output::line(&answer.to_string());
     } else {
-        let nodes = if args.nodes == 1 {
-            "1 node".to_owned()
-        } else {
-            format!("{} nodes", args.nodes)
-        };
+        let nodes = output::count(u64::from(args.nodes), "node");
         let verb = if started == 0 {
             "is already up"
         } else {

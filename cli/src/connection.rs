@@ -94,13 +94,22 @@ pub(crate) fn is_away(status: &Status) -> bool {
 #[derive(Debug, Default)]
 pub(crate) struct Patience {
     tries: usize,
+    quiet: bool,
 }
 
 impl Patience {
+    /// For what goes on beside something that tells already.
+    pub(crate) fn quiet() -> Self {
+        Self {
+            tries: 0,
+            quiet: true,
+        }
+    }
+
     /// Waits before the next try.
     pub(crate) async fn wait(&mut self) {
         // One short gap is a restart that nobody needs to hear of.
-        if self.tries == 1 {
+        if self.tries == 1 && !self.quiet {
             output::note(
                 "the coordinator is unreachable; your jobs are not affected; waiting for it",
             );
@@ -111,7 +120,7 @@ impl Patience {
 
     /// The coordinator answered.
     pub(crate) fn reset(&mut self) {
-        if self.tries > 1 {
+        if self.tries > 1 && !self.quiet {
             output::note("the coordinator is back");
         }
         self.tries = 0;

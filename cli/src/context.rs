@@ -39,13 +39,23 @@ pub(crate) fn find(global: &Global, paths: &Paths) -> Result<Option<Context>, Fa
 
 /// The same, or a failure that says what to do.
 pub(crate) fn require(global: &Global, paths: &Paths) -> Result<Context, Failure> {
-    find(global, paths)?.ok_or_else(|| {
-        Failure::new(
-            EXIT_UNAVAILABLE,
-            "NO_CLUSTER",
-            "no cluster is running or configured; start one here with `yard up`, or enrol in another with `yard login TOKEN`",
+    if let Some(context) = find(global, paths)? {
+        return Ok(context);
+    }
+    let (reason, message) = if LocalCluster::new(paths.local()).exists() {
+        (
+            "LOCAL_CLUSTER_DOWN",
+            "the coordinator of the cluster on this machine is not running; running jobs are not affected; start it \
+             again with `yard up`",
         )
-    })
+    } else {
+        (
+            "NO_CLUSTER",
+            "no cluster is running or configured; start one here with `yard up`, or enrol in another with \
+             `yard login TOKEN`",
+        )
+    };
+    Err(Failure::new(EXIT_UNAVAILABLE, reason, message))
 }
 
 /// Makes `name` the context that is used unless another is named.

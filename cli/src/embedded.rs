@@ -20,10 +20,13 @@ pub(crate) async fn start(paths: &Paths) -> Result<Context, Failure> {
         idle_exit: Some(IDLE_EXIT),
         ..Plan::default()
     };
-    let (context, _) = LocalCluster::new(paths.local()).start(&plan).await?;
-    output::note(&format!(
-        "no cluster is configured: started one on this machine, which leaves after {} without work (or with `yard down`)",
-        format_duration(IDLE_EXIT)
-    ));
+    let (context, started) = LocalCluster::new(paths.local()).start(&plan).await?;
+    // Another command may have been faster.
+    if started > 0 {
+        output::note(&format!(
+            "no cluster is configured: started one on this machine, which leaves after {} without work (or with `yard down`)",
+            format_duration(IDLE_EXIT)
+        ));
+    }
     Ok(context)
 }

@@ -72,7 +72,7 @@ pub(crate) async fn to_the_end(
                 follow: true,
                 ..v1::ReadLogsRequest::default()
             };
-            logs::read(connection, request, &mut printer).await?;
+            logs::read(connection, request, &mut printer, Patience::quiet()).await?;
             printer.finish()?;
         }
         Ok::<(), Failure>(())

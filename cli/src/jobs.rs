@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use trainyard_common::ids::JobId;
 use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, TaskRecord};
 use trainyard_common::time::Timestamp;
-use trainyard_common::units::{format_bytes, format_cpus, format_duration};
+use trainyard_common::units::{format_bytes, format_duration};
 use trainyard_proto::convert::InvalidField;
 use trainyard_proto::v1;
 
@@ -124,14 +124,14 @@ fn show_job(detail: &JobDetail) {
     } = detail;
     let spec = &job.spec;
     let each = &spec.resources_per_node;
-    let mut amounts = vec![format!("{} CPUs", format_cpus(each.cpu_milli))];
+    let mut amounts = vec![output::cpus(each.cpu_milli)];
     if each.memory_bytes > 0 {
         amounts.push(format!("{} memory", format_bytes(each.memory_bytes)));
     }
     if each.gpus > 0 {
         amounts.push(format!(
-            "{} GPUs{}",
-            each.gpus,
+            "{}{}",
+            output::count(u64::from(each.gpus), "GPU"),
             spec.gpu_type
                 .as_ref()
                 .map(|model| format!(" ({model})"))
@@ -158,8 +158,10 @@ fn show_job(detail: &JobDetail) {
         (
             "gang",
             format!(
-                "{} nodes, {} ranks on each, launcher {}",
-                spec.nodes, spec.procs_per_node, spec.launcher
+                "{}, {} on each, launcher {}",
+                output::count(u64::from(spec.nodes), "node"),
+                output::count(u64::from(spec.procs_per_node), "rank"),
+                spec.launcher
             ),
         ),
         ("each node", amounts.join(", ")),

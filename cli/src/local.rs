@@ -96,6 +96,11 @@ impl LocalCluster {
         processes::is_alive(running.pid).then_some(running)
     }
 
+    /// Whether there is a cluster here, running or not.
+    pub(crate) fn exists(&self) -> bool {
+        self.coordinator_dir().join("cluster-id").exists()
+    }
+
     /// How to speak to it, if it runs.
     pub(crate) fn context(&self) -> Result<Option<Context>, Failure> {
         let Some(running) = self.running() else {
@@ -110,13 +115,14 @@ impl LocalCluster {
         }))
     }
 
-    /// Brings the cluster to what the plan says: what runs already is left alone. Also says how many agents it started.
+    /// Brings the cluster to what the plan says: what runs already is left alone. Also says how many processes it started.
     pub(crate) async fn start(&self, plan: &Plan) -> Result<(Context, usize), Failure> {
         files::create_private_dir(&self.dir)
             .map_err(|error| Failure::path("make", &self.dir, &error))?;
         let _guard = self.lock()?;
         let mut processes = self.processes();
-        if self.running().is_none() {
+        let coordinator = self.running().is_none();
+        if coordinator {
             self.start_coordinator(plan, &mut processes).await?;
         }
         let missing = || {
@@ -145,7 +151,7 @@ impl LocalCluster {
             started.push((place, child));
             self.save(&processes)?;
         }
-        let count = started.len();
+        let count = started.len() + usize::from(coordinator);
         self.until_ready(&connection, plan.nodes as usize, started)
             .await?;
         Ok((context, count))

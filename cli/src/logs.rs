@@ -29,7 +29,7 @@ pub(crate) async fn logs(global: &Global, args: LogsArgs) -> Result<ExitCode, Fa
         offset: 0,
     };
     let mut printer = Printer::new(args.json, Labels::Unknown);
-    read(&connection, request, &mut printer).await?;
+    read(&connection, request, &mut printer, Patience::default()).await?;
     printer.finish()?;
     Ok(ExitCode::SUCCESS)
 }
@@ -40,8 +40,8 @@ pub(crate) async fn read(
     connection: &Connection,
     mut request: v1::ReadLogsRequest,
     printer: &mut Printer,
+    mut patience: Patience,
 ) -> Result<(), Failure> {
-    let mut patience = Patience::default();
     loop {
         let status = match connection.logs().read(request).await {
             Ok(answer) => {

@@ -7,6 +7,8 @@ use std::io::{self, IsTerminal, Write};
 use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use trainyard_common::units::format_cpus;
+
 use crate::failure::Failure;
 
 /// Bold, for what an eye should find.
@@ -117,6 +119,24 @@ pub(crate) fn table(headers: &[&str], rows: Vec<Vec<String>>) -> String {
         padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// A number with its noun: `1 node`, `2 nodes`.
+pub(crate) fn count(number: u64, noun: &str) -> String {
+    if number == 1 {
+        format!("1 {noun}")
+    } else {
+        format!("{number} {noun}s")
+    }
+}
+
+/// A number of CPUs: `1 CPU`, `0.5 CPUs`.
+pub(crate) fn cpus(milli: u64) -> String {
+    if milli == 1000 {
+        "1 CPU".to_owned()
+    } else {
+        format!("{} CPUs", format_cpus(milli))
+    }
 }
 
 /// Columns that a text takes, colours not counted.

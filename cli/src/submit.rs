@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use trainyard_common::ids::{Digest, JobId, RequestId};
 use trainyard_common::spec::JobSpec;
-use trainyard_common::units::{format_bytes, format_cpus};
+use trainyard_common::units::format_bytes;
 use trainyard_proto::v1;
 use trainyard_transport::{blobs, pack};
 
@@ -128,10 +128,7 @@ pub(crate) fn blob_failure(error: &blobs::BlobError) -> Failure {
 fn totals(spec: &JobSpec) -> String {
     let nodes = u64::from(spec.nodes);
     let each = &spec.resources_per_node;
-    let mut parts = vec![format!(
-        "{} CPUs",
-        format_cpus(each.cpu_milli.saturating_mul(nodes))
-    )];
+    let mut parts = vec![output::cpus(each.cpu_milli.saturating_mul(nodes))];
     if each.memory_bytes > 0 {
         parts.push(format!(
             "{} memory",
@@ -139,20 +136,16 @@ fn totals(spec: &JobSpec) -> String {
         ));
     }
     if each.gpus > 0 {
-        parts.push(format!("{} GPUs", u64::from(each.gpus) * nodes));
+        parts.push(output::count(u64::from(each.gpus) * nodes, "GPU"));
     }
-    let nodes = if nodes == 1 {
-        "1 node".to_owned()
-    } else {
-        format!("{nodes} nodes")
-    };
     let tasks = match spec.task_count() {
         1 => String::new(),
-        tasks => format!("{tasks} tasks, each with "),
+        tasks => format!("{}, each with ", output::count(u64::from(tasks), "task")),
     };
+    let ranks = output::count(u64::from(spec.world_size()), "rank");
     format!(
-        "{tasks}{} ranks on {nodes}: {} in all",
-        spec.world_size(),
+        "{tasks}{ranks} on {}: {} in all",
+        output::count(nodes, "node"),
         parts.join(", ")
     )
 }
