@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::clock::wall_now;
+use trainyard_transport::clock::wall_now;
 
 /// The first pause; a coordinator that only restarts is back in about a second.
 const FIRST: Duration = Duration::from_millis(200);

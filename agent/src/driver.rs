@@ -21,7 +21,6 @@ use trainyard_common::member::{DesiredMember, Go, MemberSpec, Stop};
 use trainyard_common::time::Timestamp;
 
 use crate::chain::chain;
-use crate::clock::Clock;
 use crate::fetch::Fetcher;
 use crate::logs::Logs;
 use crate::outgoing::Outgoing;
@@ -29,6 +28,7 @@ use crate::probe::usable_gpus;
 use crate::runtime::{Runtime, RuntimeError, RuntimeEvent, ShimState};
 use crate::session::SessionEvent;
 use crate::uploads::Uploader;
+use trainyard_transport::clock::Clock;
 
 /// Short requests to the runtime at a time; each waits for the disk once or twice.
 const PARALLEL: usize = 32;

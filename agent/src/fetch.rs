@@ -30,7 +30,7 @@ use crate::cache::{Cache, Pin};
 use crate::chain::chain;
 use crate::link::Link;
 use crate::runtime::AttemptDir;
-use crate::spawn::blocking;
+use trainyard_transport::task::blocking;
 
 /// How long a fetch is tried; the coordinator gives a member up a little later.
 const DEADLINE: Duration = Duration::from_secs(600);

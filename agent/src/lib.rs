@@ -7,7 +7,6 @@
 mod backoff;
 mod cache;
 mod chain;
-mod clock;
 pub mod config;
 mod driver;
 mod fetch;
@@ -18,7 +17,6 @@ pub mod probe;
 mod renew;
 pub mod runtime;
 mod session;
-mod spawn;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -39,7 +37,6 @@ pub use crate::config::{Config, ConfigError};
 pub use crate::state::{StateError, make_data_dir};
 
 use crate::cache::Cache;
-use crate::clock::Clock;
 use crate::driver::{Driver, Hands, Lanes, Left, core_config, runtime_state};
 use crate::fetch::Fetcher;
 use crate::link::Link;
@@ -48,9 +45,10 @@ use crate::outgoing::Outgoing;
 use crate::probe::Probe;
 use crate::runtime::{Recovered, Runtime, RuntimeConfig, RuntimeError};
 use crate::session::Session;
-use crate::spawn::{AbortOnDrop, blocking, spawn};
 use crate::state::{ATTEMPTS, AgentState, CACHE, CREDENTIALS};
 use crate::uploads::Uploader;
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
 
 /// Reports of shims that wait for the driver, which never waits itself.
 const RUNTIME_EVENTS: usize = 256;

@@ -31,7 +31,7 @@ use crate::backoff::Backoff;
 use crate::chain::chain;
 use crate::link::Link;
 use crate::runtime::AttemptDir;
-use crate::spawn::blocking;
+use trainyard_transport::task::blocking;
 
 /// How often record files are looked at: what a person who follows a log hardly notices.
 const POLL: Duration = Duration::from_millis(150);

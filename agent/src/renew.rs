@@ -11,9 +11,9 @@ use trainyard_transport::credentials::{Credentials, CredentialsError};
 use trainyard_transport::pki::{KeyPairPem, PkiError};
 
 use crate::chain::chain;
-use crate::clock::wall_now;
 use crate::link::Link;
-use crate::spawn::blocking;
+use trainyard_transport::clock::wall_now;
+use trainyard_transport::task::blocking;
 
 /// How often the wall clock is looked at: it may jump, and certificates go by it.
 const LOOK: Duration = Duration::from_secs(60);

@@ -30,12 +30,12 @@ use trainyard_transport::client::ConnectError;
 
 use crate::backoff::Backoff;
 use crate::chain::chain;
-use crate::clock::wall_now;
 use crate::link::Link;
 use crate::outgoing::Outgoing;
 use crate::probe::Probe;
-use crate::spawn::blocking;
 use crate::state::{AgentState, StateError};
+use trainyard_transport::clock::wall_now;
+use trainyard_transport::task::blocking;
 
 /// How long the coordinator may take to answer with everything that it wants. It reads the observed set first, and at
 /// 10,000 agents that come back at once it takes a while.

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use trainyard_common::ids::{Incarnation, Term};
 use trainyard_transport::files;
 
-use crate::clock;
 use crate::runtime::RunAs;
+use trainyard_transport::clock;
 
 /// The directory of certificate and key.
 pub(crate) const CREDENTIALS: &str = "credentials";

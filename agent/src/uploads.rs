@@ -23,7 +23,7 @@ use crate::chain::chain;
 use crate::link::Link;
 use crate::logs::Logs;
 use crate::runtime::AttemptDir;
-use crate::spawn::blocking;
+use trainyard_transport::task::blocking;
 
 /// Uploads at a time: a few keep the line busy, and packing reads whole disks.
 const PARALLEL: usize = 4;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use crate::args::{DownArgs, Global, UpArgs};
+use crate::context::{self, LOCAL};
 use crate::failure::Failure;
 use crate::local::{LocalCluster, Plan};
 use crate::output;
@@ -24,6 +25,7 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
         trainyard_fake_nvml::scenario(spec, "")
             .map_err(|error| Failure::usage("--fake-gpus", error))?;
     }
+    let listen = args.listen;
     let plan = Plan {
         nodes: args.nodes,
         listen: args.listen,
@@ -34,6 +36,16 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
         idle_exit,
     };
     let (context, started) = LocalCluster::new(paths.local()).start(&plan).await?;
+    if let Some(listen) = listen.filter(|listen| listen.port() != 0)
+        && context
+            .endpoints
+            .iter()
+            .all(|endpoint| endpoint.port() != listen.port())
+    {
+        output::warning(&format!(
+            "it was running and keeps its address; to listen on {listen}, stop it first with yard down"
+        ));
+    }
     let endpoints: Vec<_> = context.endpoints.iter().map(ToString::to_string).collect();
     if args.json {
         let answer = json!({ "endpoints": endpoints, "processes_started": started, "cluster": context.credentials.cluster });
@@ -50,6 +62,11 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
             endpoints.join(", ")
         ));
         output::note("try: yard run -- hostname     stop it with: yard down");
+        if let Some(name) = context::chosen(global, &paths)?.filter(|name| name != LOCAL) {
+            output::note(&format!(
+                "commands go to context {name}; to this cluster with --context {LOCAL}"
+            ));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

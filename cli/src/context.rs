@@ -78,7 +78,7 @@ pub(crate) fn directory(paths: &Paths, name: &str) -> Result<PathBuf, Failure> {
 }
 
 /// The name that a flag, a variable or an earlier login chose.
-fn chosen(global: &Global, paths: &Paths) -> Result<Option<String>, Failure> {
+pub(crate) fn chosen(global: &Global, paths: &Paths) -> Result<Option<String>, Failure> {
     if let Some(name) = &global.context {
         return Ok(Some(name.clone()));
     }

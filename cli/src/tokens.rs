@@ -1,6 +1,7 @@
 //! `yard token` and `yard login`.
 
 use std::io::Read;
+use std::net::IpAddr;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
@@ -10,6 +11,7 @@ use trainyard_common::record::{Role, Target, TokenGrant};
 use trainyard_common::time::Timestamp;
 use trainyard_proto::convert;
 use trainyard_proto::v1;
+use trainyard_transport::endpoint::Endpoint;
 use trainyard_transport::enrol;
 use trainyard_transport::identity::Identity;
 use trainyard_transport::token::{JoinToken, Secret, TokenKind};
@@ -174,6 +176,19 @@ async fn create(global: &Global, args: TokenCreateArgs) -> Result<ExitCode, Fail
         local_time(record.expires_at),
         if uses == 1 { "" } else { "s" }
     ));
+    let only_here = |endpoint: &Endpoint| {
+        let host = endpoint.host();
+        host == "localhost"
+            || host
+                .parse::<IpAddr>()
+                .is_ok_and(|address| address.is_loopback())
+    };
+    if token.endpoints.iter().all(only_here) {
+        output::warning(
+            "this cluster listens on this machine only, so the token is of no use elsewhere; start the cluster with \
+             `yard up --listen 0.0.0.0:7443` to let others in",
+        );
+    }
     output::line(&token.to_string());
     Ok(ExitCode::SUCCESS)
 }

@@ -158,7 +158,8 @@ pub struct Ending {
     pub message: String,
     /// Whether any rank was ever started.
     pub started: bool,
-    /// How each supervised rank ended, in rank order; empty if none was started.
+    /// How each supervised rank ended, in rank order: empty if none was tried, [`ExitStatus::NotStarted`] for each if the
+    /// program could not be executed.
     pub ranks: Vec<RankEnd>,
     /// When the last process was gone.
     pub ended_at: Timestamp,

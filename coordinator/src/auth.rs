@@ -18,8 +18,8 @@ use trainyard_common::record::{Role, UserRecord};
 use trainyard_transport::connections::Peer;
 use trainyard_transport::identity::Identity;
 
-use crate::clock::Clock;
 use crate::read_model::ReadModel;
+use trainyard_transport::clock::Clock;
 
 pub(crate) use activity::{Activity, ActivityGuard};
 pub(crate) use layer::AuthLayer;

@@ -269,7 +269,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::clock::Clock;
+    use trainyard_transport::clock::Clock;
 
     const CLUSTER: ClusterId = ClusterId([7; 16]);
 

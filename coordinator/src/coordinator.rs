@@ -31,7 +31,6 @@ use trainyard_transport::server::{ServerLimits, ServerTls, incoming};
 use crate::auth::{Activity, AuthLayer, Gate};
 use crate::authority::{self, AuthorityError, Certificates};
 use crate::blobs::BlobStore;
-use crate::clock::Clock;
 use crate::config::{Config, ConfigError};
 use crate::disk::DiskGuard;
 use crate::driver::{self, Driver, FatalError, Parts};
@@ -40,8 +39,9 @@ use crate::logs::LogStore;
 use crate::presence::{self, Presence};
 use crate::read_model::ReadModel;
 use crate::server;
-use crate::spawn::{AbortOnDrop, blocking, spawn};
 use crate::store::{self, CheckReport, Loaded, SqliteStore, StateLock, Store, StoreError};
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
 
 /// How often the coordinator's own certificate, which lives for a year, is issued anew while it runs.
 const RENEWAL: Duration = Duration::from_secs(30 * 86_400);

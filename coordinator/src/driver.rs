@@ -26,10 +26,10 @@ use trainyard_coordinator_core::effect::{Answer, Command};
 use trainyard_coordinator_core::event::{Event, Registration, RequestKey, SessionId};
 use trainyard_coordinator_core::{Config as CoreConfig, Core, Outbox};
 
-use crate::clock::Clock;
 use crate::read_model::ReadModel;
-use crate::spawn::{AbortOnDrop, spawn};
 use crate::store::{Loaded, Store, StoreError};
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::{AbortOnDrop, spawn};
 
 pub(crate) use handle::Driver;
 use round::Committer;

@@ -19,7 +19,6 @@
 mod auth;
 mod authority;
 mod blobs;
-mod clock;
 pub mod config;
 mod coordinator;
 mod disk;
@@ -29,14 +28,13 @@ mod logs;
 pub mod presence;
 mod read_model;
 mod server;
-mod spawn;
 pub mod store;
 #[cfg(test)]
 mod testing;
 
 pub use authority::AuthorityError;
-pub use clock::Clock;
 pub use config::{Config, ConfigError, Timing};
 pub use coordinator::{Coordinator, LocalNodeError, StartError, check, start};
 pub use driver::FatalError;
 pub use presence::Presence;
+pub use trainyard_transport::clock::Clock;

@@ -19,7 +19,7 @@ use trainyard_transport::server::Incoming;
 use crate::auth::AuthLayer;
 use crate::driver::FatalError;
 use crate::grpc::{AdminApi, AgentApi, BlobApi, EnrollApi, JobApi, LogApi, NodeApi, Shared};
-use crate::spawn::{AbortOnDrop, spawn};
+use trainyard_transport::task::{AbortOnDrop, spawn};
 
 /// Pings on every connection, so that one whose peer vanished is noticed.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);

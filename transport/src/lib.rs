@@ -1,11 +1,12 @@
 //! How the parts of Trainyard reach each other: identities and certificates, join tokens, TLS connections, and the
-//! transfer of file trees.
+//! transfer of file trees; and the clock and the tasks that all their drivers share.
 //!
 //! Used by coordinator, agent and command line alike; it knows none of them, takes no scheduling decision and holds
 //! no state of a cluster.
 
 pub mod blobs;
 pub mod client;
+pub mod clock;
 pub mod connections;
 pub mod credentials;
 pub mod endpoint;
@@ -16,7 +17,7 @@ pub mod pack;
 pub mod pki;
 pub mod server;
 mod socket;
-mod spawn;
+pub mod task;
 #[cfg(test)]
 mod testing;
 pub mod tls;

@@ -30,7 +30,7 @@ use crate::connections::{Connections, Peer, Registration};
 use crate::identity::SpiffeId;
 use crate::pki::{self, PkiError, ServerCert};
 use crate::socket;
-use crate::spawn::{AbortOnDrop, spawn};
+use crate::task::{AbortOnDrop, spawn};
 use crate::tls::{self, Current};
 
 /// Bytes of HTTP/2's connection preface, which a client sends first.

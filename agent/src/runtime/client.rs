@@ -28,8 +28,8 @@ use super::remove::delete_tree;
 use super::tree::Tree;
 use super::wire::{Command, Lines, MemberFile, Settings, ShimFile, Status, line};
 use super::{RuntimeEvent, ShimState};
-use crate::clock::Clock;
-use crate::spawn::blocking;
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::blocking;
 
 /// Pauses between looks at something that is about to happen: short at first, as a shim starts in milliseconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);

@@ -13,7 +13,6 @@
 //! An ending is never made up: without one in `status.json` the exit status of the ranks is unknown, and unknown is not
 //! success.
 
-mod boot_time;
 mod cgroup;
 mod client;
 mod dir;
@@ -48,8 +47,8 @@ pub use self::shim::shim_main;
 
 use self::client::{Link, Wanted};
 use self::wire::{MemberFile, Settings};
-use crate::clock::Clock;
-use crate::spawn::{blocking, spawn};
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::{blocking, spawn};
 
 /// How a runtime works; fixed for its life.
 #[derive(Debug, Clone)]

@@ -18,7 +18,7 @@ use nix::sys::stat::{Mode, umask};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{EndCause, Ending};
 
-use crate::clock::Clock;
+use trainyard_transport::clock::Clock;
 
 use super::cgroup::Cgroup;
 use super::dir::{AttemptDir, SOCKET, read_json, write_json};

@@ -17,10 +17,9 @@ use trainyard_common::member::{EndCause, Ending, Go, MemberSpec, RankEnd, Stop};
 use trainyard_common::state::{ExitStatus, ReasonCode};
 use trainyard_common::units::format_duration;
 
-use crate::clock::Clock;
+use trainyard_transport::clock::Clock;
 
 use super::ShimState;
-use super::boot_time::BootTime;
 use super::cgroup::{Cgroup, OomCounter};
 use super::dir::{AttemptDir, write_json_once};
 use super::launch::{self, Context};
@@ -33,6 +32,7 @@ use super::shim::note;
 use super::tree::Tree;
 use super::wait::{Ready, Timer, wait};
 use super::wire::{Command, Settings};
+use trainyard_transport::clock::BootTime;
 
 /// Grace of what ranks leave behind when all of them succeeded: it has nothing to finish for the job.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(5);

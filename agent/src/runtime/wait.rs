@@ -9,9 +9,9 @@ use nix::sys::signalfd::SignalFd;
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::boot_time::BootTime;
 use super::peers::Peers;
 use super::pipes::Pipe;
+use trainyard_transport::clock::BootTime;
 
 /// A timer of zero would be switched off.
 const SHORTEST: std::time::Duration = std::time::Duration::from_nanos(1);

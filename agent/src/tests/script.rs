@@ -41,10 +41,10 @@ use trainyard_transport::server::{ServerLimits, ServerTls, incoming};
 use trainyard_transport::token::{JoinToken, Secret, TokenKind};
 use trainyard_transport::tree::{Tree, digest_of};
 
-use crate::clock::wall_now;
-use crate::spawn::{AbortOnDrop, spawn};
 use crate::state::CREDENTIALS;
 use crate::{Config, Error, ExitReason};
+use trainyard_transport::clock::wall_now;
+use trainyard_transport::task::{AbortOnDrop, spawn};
 
 /// Far more than anything here takes on a busy machine; reached only when something hangs.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use trainyard_common::time::Timestamp;
 
-use crate::clock::Clock;
+use trainyard_transport::clock::Clock;
 
 /// Requests of users, open and past.
 #[derive(Debug)]

@@ -14,8 +14,8 @@ use trainyard_coordinator_core::event::{Event, Registration, RequestKey, Session
 
 use super::round::stopping;
 use super::{Input, SESSION_QUEUE, SessionMessage};
-use crate::clock::Clock;
-use crate::spawn::spawn;
+use trainyard_transport::clock::Clock;
+use trainyard_transport::task::spawn;
 
 /// How long something waits for a place in the driver's queue before its sender is told to come again.
 const QUEUE_WAIT: Duration = Duration::from_secs(10);

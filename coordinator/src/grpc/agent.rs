@@ -10,7 +10,7 @@ use super::push_logs::Pushing;
 use super::session::Session;
 use super::{Answers, Shared, answers};
 use crate::auth;
-use crate::spawn::spawn;
+use trainyard_transport::task::spawn;
 
 /// `AgentService`.
 pub(crate) struct AgentApi(pub(crate) Arc<Shared>);

@@ -13,7 +13,7 @@ use trainyard_proto::v1;
 use super::{Answers, Sender, Shared, answers, reply, shutting_down};
 use crate::auth::ActivityGuard;
 use crate::blobs::{BlobReader, Receiving};
-use crate::spawn::{blocking, spawn};
+use trainyard_transport::task::{blocking, spawn};
 
 /// Digests of one question, as the proto says.
 const MAX_DIGESTS: usize = 1000;

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::auth::{self, ActivityGuard};
 use crate::disk::RESERVE_FOR_STATE;
-use crate::spawn::{blocking, spawn};
 use crate::store::JobHistory;
+use trainyard_transport::task::{blocking, spawn};
 
 /// Rows of a page unless the caller says otherwise.
 const DEFAULT_PAGE: u32 = 100;

@@ -16,7 +16,7 @@ use trainyard_proto::v1;
 use super::{Answers, Sender, Shared, answers, not_found, reply, shutting_down};
 use crate::auth::ActivityGuard;
 use crate::logs::{Entry, LogKey, LogReader, Start};
-use crate::spawn::{blocking, spawn};
+use trainyard_transport::task::{blocking, spawn};
 
 /// `LogService`.
 pub(crate) struct LogApi(pub(crate) Arc<Shared>);

@@ -33,8 +33,8 @@ use crate::disk::DiskGuard;
 use crate::driver::Driver;
 use crate::logs::LogStore;
 use crate::read_model::ReadModel;
-use crate::spawn::blocking;
 use crate::store::{Store, StoreError};
+use trainyard_transport::task::blocking;
 
 pub(crate) use admin::AdminApi;
 pub(crate) use agent::AgentApi;

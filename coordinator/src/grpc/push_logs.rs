@@ -16,7 +16,7 @@ use trainyard_proto::v1;
 
 use super::{Sender, Shared, shutting_down};
 use crate::logs::{Appended, LogKey};
-use crate::spawn::blocking;
+use trainyard_transport::task::blocking;
 
 /// Attempts whose ranks are remembered; looking again costs little.
 const REMEMBERED: usize = 256;

@@ -4,6 +4,10 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use trainyard_common::error::ErrorCode;
 use trainyard_proto::v1;
 use trainyard_proto::v1::admin_service_client::AdminServiceClient;
@@ -254,6 +258,37 @@ async fn a_removed_node_is_cut_off_and_refused() {
     );
     let gone = refusal(nodes.get(v1::GetNodeRequest { node }).await);
     assert_eq!(gone.code, ErrorCode::NotFound);
+}
+
+#[tokio::test]
+async fn reflection_tells_those_who_are_known_about_every_service() {
+    let head = Head::start().await;
+    let mut reflection = ServerReflectionClient::new(head.channel().await);
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = reflection
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .unwrap()
+        .into_inner();
+    let answer = answers.message().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("no list of services in {answer:?}");
+    };
+    let names: Vec<_> = list
+        .service
+        .iter()
+        .map(|service| service.name.as_str())
+        .collect();
+    for service in ["Job", "Node", "Agent", "Log", "Blob", "Enroll", "Admin"] {
+        let name = format!("trainyard.v1.{service}Service");
+        assert!(
+            names.contains(&name.as_str()),
+            "{name} is not among {names:?}"
+        );
+    }
 }
 
 #[tokio::test]

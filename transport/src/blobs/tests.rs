@@ -13,7 +13,7 @@ use super::*;
 use crate::client::{ConnectError, connect, connect_error};
 use crate::connections::{Connections, Peer};
 use crate::pack::{PackOptions, pack};
-use crate::spawn::{AbortOnDrop, spawn};
+use crate::task::{AbortOnDrop, spawn};
 use crate::testing::{Cluster, Server, node, soon};
 use crate::tree::digest_of;
 use crate::unpack::unpack;

@@ -161,7 +161,7 @@ async fn nobody_there_and_no_tls_are_told_apart() {
     assert!(error.to_string().contains(&closed.to_string()), "{error}");
 
     let (http, endpoint) = listener().await;
-    let answer = crate::spawn::AbortOnDrop(crate::spawn::spawn("http", answer_http(http)));
+    let answer = crate::task::AbortOnDrop(crate::task::spawn("http", answer_http(http)));
     let error = try_dial(&[endpoint], &trust).await.unwrap_err();
     assert!(matches!(only(&error), EndpointFailure::NotTls), "{error:?}");
     assert!(!error.is_unreachable());

@@ -1,4 +1,4 @@
-//! The one place where this crate starts tasks: each has a name in a span, and a panic in it is reported.
+//! The one place where tasks are started: each has a name in a span, and a panic in it is reported.
 
 use std::future::Future;
 
@@ -6,7 +6,7 @@ use tokio::task::JoinHandle;
 use tracing::Instrument;
 
 /// Starts `future` as a task of its own, inside a span with `name`.
-pub(crate) fn spawn<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
+pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
 where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
@@ -22,11 +22,26 @@ where
     tokio::spawn(future.instrument(tracing::info_span!("task", name)))
 }
 
+/// Runs `work`, which may wait for a disk, outside the async threads. A panic in it is one here.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going away and takes this task with it at its next await.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
 /// A task that ends when this is dropped.
 #[derive(Debug)]
-pub(crate) struct AbortOnDrop(pub(crate) JoinHandle<()>);
+pub struct AbortOnDrop<T = ()>(
+    /// The task.
+    pub JoinHandle<T>,
+);
 
-impl Drop for AbortOnDrop {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
