@@ -83,6 +83,10 @@ pub struct TaskRecord {
     pub job: JobId,
     /// Its place in the job.
     pub index: TaskIndex,
+    /// Whose job it is.
+    pub owner: UserName,
+    /// The job's workspace.
+    pub workspace: WorkspaceName,
     /// Its state.
     pub state: JobState,
     /// Why.
@@ -106,6 +110,10 @@ pub struct TaskRecord {
 pub struct AttemptRecord {
     /// Which one.
     pub id: AttemptRef,
+    /// Whose job it is.
+    pub owner: UserName,
+    /// The job's workspace.
+    pub workspace: WorkspaceName,
     /// Its state.
     pub state: AttemptState,
     /// Why.
@@ -172,6 +180,8 @@ pub struct NodeRecord {
     pub name: String,
     /// The user whose token enrolled it.
     pub owner: UserName,
+    /// The workspace that it was enrolled in.
+    pub workspace: WorkspaceName,
     /// How it came to be.
     pub target: Target,
     /// Whether it is heard of.
@@ -221,6 +231,8 @@ pub struct TokenRecord {
     pub grant: TokenGrant,
     /// Who made it.
     pub created_by: UserName,
+    /// The workspace that it enrols into.
+    pub workspace: WorkspaceName,
     /// When.
     pub created_at: Timestamp,
     /// Until when it can be used.

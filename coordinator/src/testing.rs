@@ -47,6 +47,8 @@ pub(crate) fn task(job: u64, index: u32, state: JobState) -> TaskRecord {
     TaskRecord {
         job: JobId(job),
         index: TaskIndex(index),
+        owner: "anna".parse().unwrap(),
+        workspace: WorkspaceName::default_workspace(),
         state,
         reason: reason(),
         attempts: 1,
@@ -61,6 +63,8 @@ pub(crate) fn task(job: u64, index: u32, state: JobState) -> TaskRecord {
 pub(crate) fn attempt(id: &str, state: AttemptState) -> AttemptRecord {
     AttemptRecord {
         id: id.parse::<AttemptRef>().unwrap(),
+        owner: "anna".parse().unwrap(),
+        workspace: WorkspaceName::default_workspace(),
         state,
         reason: reason(),
         outcome: None,
@@ -80,6 +84,7 @@ pub(crate) fn node(id: u32) -> NodeRecord {
         id: NodeId(id),
         name: format!("node-{id}"),
         owner: "anna".parse().unwrap(),
+        workspace: WorkspaceName::default_workspace(),
         target: Target::Attached,
         availability: NodeAvailability::Ready,
         policy: NodePolicy::Active,
@@ -102,6 +107,7 @@ pub(crate) fn token(id: u64, uses_left: u32, expires_at: u64) -> TokenRecord {
             target: Target::Attached,
         },
         created_by: "anna".parse().unwrap(),
+        workspace: WorkspaceName::default_workspace(),
         created_at: Timestamp(1),
         expires_at: Timestamp(expires_at),
         uses_left,

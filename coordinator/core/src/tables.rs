@@ -297,6 +297,8 @@ impl Tables {
             TaskRecord {
                 job: id,
                 index,
+                owner: job.owner.clone(),
+                workspace: job.spec.workspace.clone(),
                 state: JobState::Preparing,
                 reason,
                 attempts: 0,

@@ -283,6 +283,8 @@ impl From<&TaskRecord> for v1::Task {
         let TaskRecord {
             job,
             index,
+            owner,
+            workspace,
             state,
             reason,
             attempts,
@@ -295,6 +297,8 @@ impl From<&TaskRecord> for v1::Task {
         Self {
             job: job.0,
             index: index.0,
+            owner: owner.to_string(),
+            workspace: workspace.to_string(),
             state: state.number(),
             reason: Some(reason.into()),
             attempts: *attempts,
@@ -314,6 +318,8 @@ impl TryFrom<v1::Task> for TaskRecord {
         let v1::Task {
             job,
             index,
+            owner,
+            workspace,
             state,
             reason,
             attempts,
@@ -326,6 +332,8 @@ impl TryFrom<v1::Task> for TaskRecord {
         Ok(Self {
             job: job_id("job", job)?,
             index: TaskIndex(index),
+            owner: text("owner", &owner)?,
+            workspace: text("workspace", &workspace)?,
             state: enum_field("state", state)?,
             reason: required("reason", reason)?,
             attempts,
@@ -342,6 +350,8 @@ impl From<&AttemptRecord> for v1::Attempt {
     fn from(attempt: &AttemptRecord) -> Self {
         let AttemptRecord {
             id,
+            owner,
+            workspace,
             state,
             reason,
             outcome,
@@ -356,6 +366,8 @@ impl From<&AttemptRecord> for v1::Attempt {
         } = attempt;
         Self {
             id: Some(id.into()),
+            owner: owner.to_string(),
+            workspace: workspace.to_string(),
             state: state.number(),
             reason: Some(reason.into()),
             outcome: outcome.map_or(0, WireEnum::number),
@@ -377,6 +389,8 @@ impl TryFrom<v1::Attempt> for AttemptRecord {
     fn try_from(message: v1::Attempt) -> Result<Self, InvalidField> {
         let v1::Attempt {
             id,
+            owner,
+            workspace,
             state,
             reason,
             outcome,
@@ -391,6 +405,8 @@ impl TryFrom<v1::Attempt> for AttemptRecord {
         } = message;
         Ok(Self {
             id: required("id", id)?,
+            owner: text("owner", &owner)?,
+            workspace: text("workspace", &workspace)?,
             state: enum_field("state", state)?,
             reason: required("reason", reason)?,
             outcome: optional_enum_field("outcome", outcome)?,

@@ -234,22 +234,26 @@ pub(crate) fn task() -> impl Strategy<Value = TaskRecord> {
         vec(digest(), 0..3),
         option::of(time()),
     );
-    (job_id(), counts, rest).prop_map(|(job, counts, rest)| {
-        let [index, attempts, failures, infrastructure_failures] = counts;
-        let (state, reason, exit, checkpoints, ended_at) = rest;
-        TaskRecord {
-            job,
-            index: TaskIndex(index),
-            state,
-            reason,
-            attempts,
-            failures,
-            infrastructure_failures,
-            exit,
-            checkpoints,
-            ended_at,
-        }
-    })
+    (job_id(), counts, rest, user(), workspace()).prop_map(
+        |(job, counts, rest, owner, workspace)| {
+            let [index, attempts, failures, infrastructure_failures] = counts;
+            let (state, reason, exit, checkpoints, ended_at) = rest;
+            TaskRecord {
+                job,
+                index: TaskIndex(index),
+                owner,
+                workspace,
+                state,
+                reason,
+                attempts,
+                failures,
+                infrastructure_failures,
+                exit,
+                checkpoints,
+                ended_at,
+            }
+        },
+    )
 }
 
 fn member() -> impl Strategy<Value = MemberRecord> {
@@ -290,15 +294,23 @@ pub(crate) fn attempt() -> impl Strategy<Value = AttemptRecord> {
         option::of(time()),
         option::of(time()),
     );
-    let state = (attempt_ref(), select(AttemptState::ALL), reason());
+    let state = (
+        attempt_ref(),
+        user(),
+        workspace(),
+        select(AttemptState::ALL),
+        reason(),
+    );
     let members = (vec(member(), 0..4), vec(digest(), 0..3));
     (state, decided, members, times).prop_map(|(state, decided, members, times)| {
-        let (id, state, reason) = state;
+        let (id, owner, workspace, state, reason) = state;
         let (outcome, exit, failed_rank) = decided;
         let (members, resume_from) = members;
         let (placed_at, ready_at, started_at, ended_at) = times;
         AttemptRecord {
             id,
+            owner,
+            workspace,
             state,
             reason,
             outcome,
@@ -399,7 +411,7 @@ pub(crate) fn inventory() -> impl Strategy<Value = Inventory> {
 }
 
 pub(crate) fn node() -> impl Strategy<Value = NodeRecord> {
-    let who = (node_id(), text(), user(), select(Target::ALL));
+    let who = (node_id(), text(), user(), workspace(), select(Target::ALL));
     let state = (
         select(NodeAvailability::ALL),
         select(NodePolicy::ALL),
@@ -409,13 +421,14 @@ pub(crate) fn node() -> impl Strategy<Value = NodeRecord> {
     let session = (any::<u64>(), text(), text(), text());
     (who, state, session, time(), time()).prop_map(
         |(who, state, session, enrolled_at, changed_at)| {
-            let (id, name, owner, target) = who;
+            let (id, name, owner, workspace, target) = who;
             let (availability, policy, reason, inventory) = state;
             let (incarnation, boot_id, agent_version, address) = session;
             NodeRecord {
                 id,
                 name,
                 owner,
+                workspace,
                 target,
                 availability,
                 policy,
@@ -440,16 +453,23 @@ fn grant() -> impl Strategy<Value = TokenGrant> {
 }
 
 pub(crate) fn token() -> impl Strategy<Value = TokenRecord> {
-    let who = ((1..=u64::MAX).prop_map(TokenId), digest(), grant(), user());
+    let who = (
+        (1..=u64::MAX).prop_map(TokenId),
+        digest(),
+        grant(),
+        user(),
+        workspace(),
+    );
     let rest = (time(), time(), any::<u32>(), any::<bool>());
     (who, rest).prop_map(|(who, rest)| {
-        let (id, secret_hash, grant, created_by) = who;
+        let (id, secret_hash, grant, created_by, workspace) = who;
         let (created_at, expires_at, uses_left, revoked) = rest;
         TokenRecord {
             id,
             secret_hash,
             grant,
             created_by,
+            workspace,
             created_at,
             expires_at,
             uses_left,

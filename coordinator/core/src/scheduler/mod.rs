@@ -218,12 +218,15 @@ impl Core {
             attempt: AttemptNumber(task.attempts),
         };
         let resume_from = task.checkpoints.clone();
+        let (owner, workspace) = (task.owner.clone(), task.workspace.clone());
         self.live.clear_delay(key);
         self.t
             .set_task(key, now, JobState::Preparing, reason.clone());
         let ranks = members.len();
         self.t.insert_attempt(AttemptRecord {
             id,
+            owner,
+            workspace,
             state: AttemptState::Placed,
             reason,
             outcome: None,
