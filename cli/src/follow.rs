@@ -108,7 +108,7 @@ pub(crate) async fn to_the_end(
 /// Watches a job until it is over, telling of each change.
 async fn watch(connection: &Connection, job: JobId, how: Follow) -> Result<JobRecord, Failure> {
     let mut patience = Patience::default();
-    let mut told = String::new();
+    let mut told = None;
     loop {
         let request = v1::WatchJobRequest {
             job: job.0,
@@ -144,16 +144,13 @@ async fn watch(connection: &Connection, job: JobId, how: Follow) -> Result<JobRe
     }
 }
 
-fn tell(record: &JobRecord, json: bool, told: &mut String) {
-    let text = format!(
-        "{} {}: {}",
-        record.id,
-        record.state,
-        output::printable(&record.reason.message)
-    );
-    if *told == text || record.state.is_terminal() {
+/// Tells of a change once: a sentence that only counts on (tasks of an array, say) is no news.
+fn tell(record: &JobRecord, json: bool, told: &mut Option<(JobState, ReasonCode)>) {
+    let news = (record.state, record.reason.code);
+    if *told == Some(news) || record.state.is_terminal() {
         return;
     }
+    *told = Some(news);
     if json {
         let change = json!({
             "type": "state",
@@ -163,9 +160,9 @@ fn tell(record: &JobRecord, json: bool, told: &mut String) {
         });
         output::line(&change.to_string());
     } else {
-        output::note(&text);
+        let reason = output::printable(&record.reason.message);
+        output::note(&format!("{} {}: {reason}", record.id, record.state));
     }
-    *told = text;
 }
 
 fn labels(spec: &JobSpec) -> Labels {
