@@ -384,7 +384,7 @@ pub(crate) struct TokenCreateArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) user: Option<UserName>,
     /// What the user may do: viewer, user, operator or admin [default: user]
-    #[arg(long, value_name = "ROLE", requires = "user")]
+    #[arg(long, value_name = "ROLE", requires = "user", conflicts_with = "node")]
     pub(crate) role: Option<String>,
     /// How often it can be used
     #[arg(
@@ -459,9 +459,12 @@ pub(crate) struct LoginArgs {
 
 #[derive(Debug, Clone, Args)]
 pub(crate) struct UpArgs {
-    /// Agents to run; 0 for a head alone, which other machines join
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
-    pub(crate) nodes: u32,
+    /// Agents to run; 0 for a head alone, which other machines join [default: those that it had, or 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub(crate) nodes: Option<u32>,
+    /// The unprivileged user that jobs run as here; needed when root lets other machines and users in
+    #[arg(long, value_name = "USER")]
+    pub(crate) run_as: Option<String>,
     /// Address to listen on; give 0.0.0.0:7443 to let other machines join [default: 127.0.0.1:7443 or a free port]
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<std::net::SocketAddr>,

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::args::{DownArgs, Global, UpArgs};
 use crate::context::{self, LOCAL};
-use crate::failure::Failure;
+use crate::failure::{EXIT_REFUSED, Failure};
 use crate::local::{LocalCluster, Plan};
 use crate::output;
 use crate::paths::Paths;
@@ -26,8 +26,23 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
             .map_err(|error| Failure::usage("--fake-gpus", error))?;
     }
     let listen = args.listen;
+    let for_others = listen.is_some_and(|listen| !listen.ip().is_loopback());
+    if for_others
+        && args.run_as.is_none()
+        && args.nodes != Some(0)
+        && nix::unistd::geteuid().is_root()
+    {
+        return Err(Failure::new(
+            EXIT_REFUSED,
+            "JOBS_AS_ROOT",
+            "others could submit jobs, which would run as root on this machine: name an unprivileged user with \
+             --run-as USER, or start a head without a node with --nodes 0",
+        ));
+    }
+    let changes_agents = args.cpus.is_some() || args.memory.is_some() || args.fake_gpus.is_some();
     let plan = Plan {
         nodes: args.nodes,
+        run_as: args.run_as,
         listen: args.listen,
         advertise: args.advertise,
         cpus: args.cpus,
@@ -35,7 +50,13 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
         fake_gpus: args.fake_gpus,
         idle_exit,
     };
-    let (context, started) = LocalCluster::new(paths.local()).start(&plan).await?;
+    let started = LocalCluster::new(paths.local()).start(&plan).await?;
+    let context = &started.context;
+    if changes_agents && started.kept > 0 {
+        output::warning(
+            "agents that ran already keep the CPUs, memory and GPUs that they have; yard down first changes them",
+        );
+    }
     if let Some(listen) = listen.filter(|listen| listen.port() != 0)
         && context
             .endpoints
@@ -48,11 +69,11 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
     }
     let endpoints: Vec<_> = context.endpoints.iter().map(ToString::to_string).collect();
     if args.json {
-        let answer = json!({ "endpoints": endpoints, "processes_started": started, "cluster": context.credentials.cluster });
+        let answer = json!({ "endpoints": endpoints, "processes_started": started.processes, "nodes": started.nodes, "cluster": context.credentials.cluster });
         output::line(&answer.to_string());
     } else {
-        let nodes = output::count(u64::from(args.nodes), "node");
-        let verb = if started == 0 {
+        let nodes = output::count(started.nodes as u64, "node");
+        let verb = if started.processes == 0 {
             "is already up"
         } else {
             "is up"

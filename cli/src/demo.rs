@@ -63,12 +63,12 @@ async fn train(
     args: &DemoArgs,
 ) -> Result<ExitCode, Failure> {
     let plan = Plan {
-        nodes: 2,
+        nodes: Some(2),
         listen: Some(([127, 0, 0, 1], 0).into()),
         ..Plan::default()
     };
-    let (context, _) = cluster.start(&plan).await?;
-    let connection = connection::open(&context).await?;
+    let started = cluster.start(&plan).await?;
+    let connection = connection::open(&started.context).await?;
     let example = scratch.join("digits");
     write_example(&example)?;
     let began = Instant::now();

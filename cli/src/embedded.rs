@@ -16,17 +16,17 @@ const IDLE_EXIT: Duration = Duration::from_secs(20 * 60);
 /// Starts it and says so in one line.
 pub(crate) async fn start(paths: &Paths) -> Result<Context, Failure> {
     let plan = Plan {
-        nodes: 1,
+        nodes: None,
         idle_exit: Some(IDLE_EXIT),
         ..Plan::default()
     };
-    let (context, started) = LocalCluster::new(paths.local()).start(&plan).await?;
+    let started = LocalCluster::new(paths.local()).start(&plan).await?;
     // Another command may have been faster.
-    if started > 0 {
+    if started.processes > 0 {
         output::note(&format!(
             "no cluster is configured: started one on this machine, which leaves after {} without work (or with `yard down`)",
             format_duration(IDLE_EXIT)
         ));
     }
-    Ok(context)
+    Ok(started.context)
 }

@@ -138,6 +138,8 @@ impl From<Refusal> for Failure {
         let exit = match refusal.code {
             ErrorCode::Invalid | ErrorCode::AlreadyExists => EXIT_INVALID,
             ErrorCode::NotFound => EXIT_NOT_FOUND,
+            // More than the cluster could ever have is a fault of the job.
+            ErrorCode::FailedPrecondition if refusal.reason == "INFEASIBLE" => EXIT_INVALID,
             ErrorCode::FailedPrecondition
             | ErrorCode::Exhausted
             | ErrorCode::PermissionDenied

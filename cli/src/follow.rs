@@ -7,7 +7,6 @@ use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use trainyard_common::ids::JobId;
 use trainyard_common::record::JobRecord;
-use trainyard_common::spec::JobSpec;
 use trainyard_common::state::{JobState, ReasonCode};
 use trainyard_proto::v1;
 
@@ -47,12 +46,17 @@ pub(crate) async fn follow(
             "reason": { "code": record.reason.code, "message": record.reason.message },
         });
         output::line(&result.to_string());
-    } else if record.state != JobState::Succeeded {
+    } else if !how.quiet || record.state != JobState::Succeeded {
         output::note(&format!(
             "{job} {}: {}",
             record.state,
             output::printable(&record.reason.message)
         ));
+    }
+    if !how.json {
+        for warning in jobs::get(connection, job).await?.warnings() {
+            output::warning(&warning);
+        }
     }
     Ok(ExitCode::from(code))
 }
@@ -66,7 +70,7 @@ pub(crate) async fn to_the_end(
     let first = jobs::get(connection, job).await?.job;
     let output = async {
         if !how.quiet {
-            let mut printer = Printer::new(how.json, labels(&first.spec));
+            let mut printer = Printer::new(how.json, Labels::of(&first.spec));
             let request = v1::ReadLogsRequest {
                 job: job.0,
                 follow: true,
@@ -162,14 +166,6 @@ fn tell(record: &JobRecord, json: bool, told: &mut Option<(JobState, ReasonCode)
     } else {
         let reason = output::printable(&record.reason.message);
         output::note(&format!("{} {}: {reason}", record.id, record.state));
-    }
-}
-
-fn labels(spec: &JobSpec) -> Labels {
-    match (spec.array.is_some(), spec.world_size()) {
-        (true, _) => Labels::Tasks,
-        (false, 1) => Labels::None,
-        (false, _) => Labels::Ranks,
     }
 }
 
@@ -272,6 +268,7 @@ pub(crate) async fn current(
 mod tests {
     use trainyard_common::ids::{Digest, TaskIndex};
     use trainyard_common::record::TaskCounts;
+    use trainyard_common::spec::JobSpec;
     use trainyard_common::state::{ExitStatus, Reason};
     use trainyard_common::time::Timestamp;
 

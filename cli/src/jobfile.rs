@@ -1,6 +1,7 @@
 //! The job file: YAML with the fields of the job's specification, amounts as people write them.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Deserializer};
@@ -71,7 +72,10 @@ impl<'de> Deserialize<'de> for Scalar {
 
 /// A list of arguments, or one line for the shell.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "command: expected a list of arguments, or one line of text for the shell"
+)]
 enum CommandLine {
     Arguments(Vec<Scalar>),
     Shell(String),
@@ -155,27 +159,61 @@ pub(crate) fn merge(flags: JobFlags) -> Result<JobFlags, Failure> {
 }
 
 fn read(path: &Path) -> Result<JobFile, Failure> {
-    let size = std::fs::metadata(path)
-        .map_err(|error| Failure::path("read the job file", path, &error))?
-        .len();
-    if size > MAX_JOB_FILE_BYTES {
-        return Err(Failure::invalid(
-            "file",
-            format!(
-                "{} has {size} bytes; a job file has at most 4 MiB",
-                path.display()
-            ),
-        ));
+    let failed = |error| Failure::path("read the job file", path, &error);
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    // What a file says of its size need not be so.
+    file.take(MAX_JOB_FILE_BYTES + 1)
+        .read_to_string(&mut text)
+        .map_err(failed)?;
+    if text.len() as u64 > MAX_JOB_FILE_BYTES {
+        let message = format!("{} is larger than a job file may be, 4 MiB", path.display());
+        return Err(Failure::invalid("file", message));
     }
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| Failure::path("read the job file", path, &error))?;
     parse(&text).map_err(|error| {
-        Failure::new(
-            EXIT_INVALID,
-            "INVALID_JOB_FILE",
-            format!("{}: {error}", path.display()),
-        )
+        let message = format!("{}: {error}", path.display());
+        Failure::new(EXIT_INVALID, "INVALID_JOB_FILE", message)
     })
+}
+
+/// The failure of a flag as one of the file's field, if it is the file that said it.
+pub(crate) fn blame(failure: Failure, given: &JobFlags) -> Failure {
+    let (Some(path), Some(flag)) = (&given.file, failure.field.as_deref()) else {
+        return failure;
+    };
+    let by_flag = match flag {
+        "--nodes" => given.nodes.is_some(),
+        "--procs-per-node" => given.procs_per_node.is_some(),
+        "--gpus" => given.gpus.is_some(),
+        "--gpu-memory" => given.gpu_memory.is_some(),
+        "--cpus" => given.cpus.is_some(),
+        "--memory" => given.memory.is_some(),
+        "--launcher" => given.launcher.is_some(),
+        "--time-limit" => given.time_limit.is_some(),
+        "--grace" => given.grace.is_some(),
+        "--retries" => given.retries.is_some(),
+        "--array" => given.array.is_some(),
+        "--on-disconnect" => given.on_disconnect.is_some(),
+        "--workspace" => given.workspace.is_some(),
+        _ => true,
+    };
+    if by_flag {
+        return failure;
+    }
+    let field = match flag {
+        "--gpus" => "gpus_per_node".to_owned(),
+        "--cpus" => "cpus_per_node".to_owned(),
+        "--memory" => "memory_per_node".to_owned(),
+        other => other.trim_start_matches('-').replace('-', "_"),
+    };
+    let message = failure.message.replacen(flag, &field, 1);
+    let mut blamed = Failure::new(
+        EXIT_INVALID,
+        "INVALID_FIELD",
+        format!("{}: {message}", path.display()),
+    );
+    blamed.field = Some(field);
+    blamed
 }
 
 fn parse(text: &str) -> Result<JobFile, serde_saphyr::Error> {

@@ -29,6 +29,22 @@ pub(crate) struct JobDetail {
     pub(crate) attempts: Vec<AttemptRecord>,
 }
 
+impl JobDetail {
+    /// What of the job's logs, outputs and checkpoints is not kept, a sentence for each member.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let members = self.attempts.iter().flat_map(|attempt| {
+            attempt
+                .members
+                .iter()
+                .map(move |member| (attempt.id, member))
+        });
+        members
+            .filter(|(_, member)| !member.warning.is_empty())
+            .map(|(attempt, member)| format!("{attempt} on {}: {}", member.node, member.warning))
+            .collect()
+    }
+}
+
 /// Lists jobs, newest first.
 pub(crate) async fn list(global: &Global, args: JobsArgs) -> Result<ExitCode, Failure> {
     let connection = connection::connect(global).await?;
@@ -210,6 +226,9 @@ fn show_job(detail: &JobDetail) {
             ],
             rows,
         ));
+    }
+    for warning in detail.warnings() {
+        output::line(&format!("not kept: {}", printable(&warning)));
     }
 }
 

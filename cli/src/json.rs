@@ -155,6 +155,7 @@ fn member((node_rank, member): (usize, &MemberRecord)) -> Value {
         })).collect::<Vec<_>>(),
         "outputs": member.outputs,
         "checkpoint": member.checkpoint,
+        "warning": member.warning,
     })
 }
 

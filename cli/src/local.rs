@@ -8,13 +8,14 @@ use std::process::Child;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use trainyard_common::ids::{JobId, is_name};
+use trainyard_common::ids::{Incarnation, JobId, NodeId, is_name};
 use trainyard_common::limits::DEFAULT_TOKEN_TTL;
 use trainyard_common::record::{Target, TokenGrant};
 use trainyard_common::state::NodeAvailability;
 use trainyard_proto::v1;
 use trainyard_transport::credentials::Credentials;
 use trainyard_transport::endpoint::{DEFAULT_PORT, Endpoint};
+use trainyard_transport::identity::Identity;
 use trainyard_transport::{enrol, files};
 
 use crate::connection::{self, Connection};
@@ -22,6 +23,8 @@ use crate::context::{Context, LOCAL};
 use crate::failure::{EXIT_INTERNAL, EXIT_IO, EXIT_REFUSED, EXIT_UNAVAILABLE, Failure};
 use crate::follow;
 use crate::jobs::{self, POLL};
+use crate::nodes::NodeDetail;
+use crate::output;
 use crate::processes::{self, Process};
 use crate::tokens;
 
@@ -30,6 +33,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long cancelled jobs may take to end, beyond their own grace.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(90);
 
+/// Agents of one cluster on this machine, as `yard up --nodes` takes them.
+pub(crate) const MAX_AGENTS: u32 = 64;
 /// Where an agent keeps its credentials, in its directory.
 const CREDENTIALS: &str = "credentials";
 
@@ -39,8 +44,10 @@ const FAKE_NVML: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libnvidia-ml.
 /// What the cluster is to be.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
-    /// Agents.
-    pub(crate) nodes: u32,
+    /// Agents; none means those that the cluster had, or one.
+    pub(crate) nodes: Option<u32>,
+    /// The unprivileged user that jobs run as, if not this one.
+    pub(crate) run_as: Option<String>,
     /// Where to listen; by default on loopback, at the usual port if it is free.
     pub(crate) listen: Option<SocketAddr>,
     /// Endpoints for tokens, if not found out.
@@ -74,6 +81,32 @@ struct Processes {
     coordinator: Option<Process>,
     agents: Vec<Process>,
     listen: Option<SocketAddr>,
+    /// It leaves by itself when idle.
+    #[serde(default)]
+    leaves: bool,
+}
+
+/// What a start came to.
+#[derive(Debug)]
+pub(crate) struct Started {
+    /// How to speak to the cluster.
+    pub(crate) context: Context,
+    /// Processes that had to be started.
+    pub(crate) processes: usize,
+    /// Agents that run.
+    pub(crate) nodes: usize,
+    /// Agents that ran already, and so keep what they were started with.
+    pub(crate) kept: usize,
+}
+
+/// An agent that was started and has not been heard of.
+#[derive(Debug)]
+struct Coming {
+    place: u32,
+    child: Child,
+    node: NodeId,
+    /// Its start counter before.
+    before: Incarnation,
 }
 
 impl LocalCluster {
@@ -115,12 +148,18 @@ impl LocalCluster {
         }))
     }
 
-    /// Brings the cluster to what the plan says: what runs already is left alone. Also says how many processes it started.
-    pub(crate) async fn start(&self, plan: &Plan) -> Result<(Context, usize), Failure> {
+    /// Brings the cluster to what the plan says: what runs already is left alone.
+    pub(crate) async fn start(&self, plan: &Plan) -> Result<Started, Failure> {
         files::create_private_dir(&self.dir)
             .map_err(|error| Failure::path("make", &self.dir, &error))?;
         let _guard = self.lock()?;
         let mut processes = self.processes();
+        processes.agents.retain(Process::lives);
+        if processes.leaves && plan.idle_exit.is_none() {
+            // One that leaves by itself becomes one that stays. Its members live on meanwhile.
+            self.end_processes(&processes).await?;
+            processes.agents.clear();
+        }
         let coordinator = self.running().is_none();
         if coordinator {
             self.start_coordinator(plan, &mut processes).await?;
@@ -134,27 +173,61 @@ impl LocalCluster {
         };
         let context = self.context()?.ok_or_else(missing)?;
         let connection = connection::open(&context).await?;
-        processes.agents.retain(Process::lives);
-        let mut started = Vec::new();
-        for place in 0..plan.nodes {
+        let known = crate::nodes::all(&connection).await?;
+        let wanted = plan.nodes.unwrap_or_else(|| self.known_places().max(1));
+        let kept = processes.agents.len();
+        let mut coming = Vec::new();
+        for place in 0..wanted {
             let role = agent_role(place);
-            let moved = self.follow_coordinator(place, &context.endpoints)?;
+            let stale = self.follow_coordinator(place, &context.endpoints, &known)?;
             if let Some(index) = processes.agents.iter().position(|agent| agent.role == role) {
-                if !moved {
+                if !stale {
                     continue;
                 }
-                // It looks for the coordinator where that was before. Its members live on meanwhile.
+                // It looks for the coordinator where that was before, or was removed. Its members live on meanwhile.
                 processes.agents.remove(index).stop().await?;
             }
-            let (process, child) = self.start_agent(plan, place, &connection).await?;
+            let (process, child) = self.start_agent(plan, place, wanted, &connection).await?;
             processes.agents.push(process);
-            started.push((place, child));
             self.save(&processes)?;
+            let node = self.node_of(place)?;
+            let before = known.iter().find(|detail| detail.node.id == node);
+            let before = before.map_or(Incarnation(0), |detail| detail.node.incarnation);
+            coming.push(Coming {
+                place,
+                child,
+                node,
+                before,
+            });
         }
-        let count = started.len() + usize::from(coordinator);
-        self.until_ready(&connection, plan.nodes as usize, started)
-            .await?;
-        Ok((context, count))
+        let started = coming.len() + usize::from(coordinator);
+        self.until_ready(&connection, coming).await?;
+        Ok(Started {
+            context,
+            processes: started,
+            nodes: processes.agents.len(),
+            kept,
+        })
+    }
+
+    /// How many agents the cluster ever had.
+    fn known_places(&self) -> u32 {
+        (0..MAX_AGENTS)
+            .take_while(|place| self.node_dir(*place).join(CREDENTIALS).is_dir())
+            .count() as u32
+    }
+
+    /// The node that the agent at this place is.
+    fn node_of(&self, place: u32) -> Result<NodeId, Failure> {
+        let credentials = Credentials::load(&self.node_dir(place).join(CREDENTIALS))
+            .map_err(|error| Failure::chain(EXIT_IO, "CREDENTIALS", &error))?;
+        match credentials.identity {
+            Identity::Node(node) => Ok(node),
+            Identity::User(_) | Identity::Coordinator => {
+                let message = format!("the credentials of {} are not a node's", agent_role(place));
+                Err(Failure::new(EXIT_INTERNAL, "CREDENTIALS", message))
+            }
+        }
     }
 
     async fn start_coordinator(
@@ -187,8 +260,13 @@ impl LocalCluster {
         let log = self.dir.join("coordinator.log");
         let (process, mut child) = processes::spawn("coordinator", &arguments, &log)?;
         let pid = process.pid;
-        processes.coordinator = Some(process);
-        self.save(processes)?;
+        processes.coordinator = Some(process.clone());
+        processes.leaves = plan.idle_exit.is_some();
+        if let Err(failure) = self.save(processes) {
+            // Nobody would know of it.
+            process.stop().await?;
+            return Err(failure);
+        }
         let up = || self.running().filter(|running| running.pid == pid);
         until("the coordinator", &log, &mut child, || up().is_some()).await?;
         // The next start listens at the same place, so that agents find it again.
@@ -201,6 +279,7 @@ impl LocalCluster {
         &self,
         plan: &Plan,
         place: u32,
+        nodes: u32,
         connection: &Connection,
     ) -> Result<(Process, Child), Failure> {
         let dir = self.node_dir(place);
@@ -211,14 +290,14 @@ impl LocalCluster {
                 target: Target::Local,
             };
             let (_, token) = tokens::make(connection, &grant, 1, DEFAULT_TOKEN_TTL).await?;
-            let enrolled = enrol::enrol(&token, &node_name(place, plan.nodes))
+            let enrolled = enrol::enrol(&token, &node_name(place, nodes))
                 .await
                 .map_err(|error| tokens::enrol_failure(&error))?;
             enrolled
                 .save(&credentials)
                 .map_err(|error| Failure::chain(EXIT_IO, "CREDENTIALS", &error))?;
         }
-        let (cpus, memory) = share(plan, &dir);
+        let (cpus, memory) = share(plan, nodes, &dir);
         let mut arguments: Vec<OsString> = vec!["agent".into(), "run".into(), "--embedded".into()];
         arguments.extend(["--state-dir".into(), dir.clone().into()]);
         arguments.extend([
@@ -230,6 +309,9 @@ impl LocalCluster {
         if let Some(spec) = &plan.fake_gpus {
             arguments.extend(["--nvml-library".into(), fake_nvml(&dir, spec)?.into()]);
         }
+        if let Some(user) = &plan.run_as {
+            arguments.extend(["--run-as".into(), user.into()]);
+        }
         if let Some(idle) = plan.idle_exit {
             arguments.extend([
                 "--leave-when-orphaned".into(),
@@ -239,14 +321,27 @@ impl LocalCluster {
         processes::spawn(&agent_role(place), &arguments, &dir.join("agent.log"))
     }
 
-    /// Tells an enrolled node where the coordinator is now; answers whether that was elsewhere before.
-    fn follow_coordinator(&self, place: u32, endpoints: &[Endpoint]) -> Result<bool, Failure> {
+    /// Tells an enrolled node where the coordinator is now, and lets one that was removed enrol again; answers whether its
+    /// agent, if it runs, has to start anew.
+    fn follow_coordinator(
+        &self,
+        place: u32,
+        endpoints: &[Endpoint],
+        known: &[NodeDetail],
+    ) -> Result<bool, Failure> {
         let dir = self.node_dir(place).join(CREDENTIALS);
         if !dir.join("cluster.json").exists() {
             return Ok(false);
         }
         let failed = |error| Failure::chain(EXIT_IO, "CREDENTIALS", &error);
         let mut credentials = Credentials::load(&dir).map_err(failed)?;
+        if !known
+            .iter()
+            .any(|detail| Identity::Node(detail.node.id) == credentials.identity)
+        {
+            fs::remove_dir_all(&dir).map_err(|error| Failure::path("delete", &dir, &error))?;
+            return Ok(true);
+        }
         if credentials.endpoints == endpoints {
             return Ok(false);
         }
@@ -255,34 +350,31 @@ impl LocalCluster {
         Ok(true)
     }
 
-    /// Waits until the nodes have been heard of; an agent that ends meanwhile is a failure with its log.
+    /// Waits until the agents that were started are in session; one that ends meanwhile is a failure with its log.
     async fn until_ready(
         &self,
         connection: &Connection,
-        nodes: usize,
-        mut started: Vec<(u32, Child)>,
+        mut coming: Vec<Coming>,
     ) -> Result<(), Failure> {
         let deadline = tokio::time::Instant::now() + START_TIMEOUT;
-        loop {
+        while !coming.is_empty() {
             let all = crate::nodes::all(connection).await?;
-            let ready = all.iter().filter(|detail| {
-                detail.node.target == Target::Local
-                    && detail.node.availability == NodeAvailability::Ready
-                    && !detail.node.boot_id.is_empty()
-            });
-            if ready.count() >= nodes {
-                return Ok(());
+            let is_there = |agent: &Coming| {
+                all.iter().any(|detail| {
+                    detail.node.id == agent.node
+                        && detail.node.availability == NodeAvailability::Ready
+                        && detail.node.incarnation > agent.before
+                })
+            };
+            coming.retain(|agent| !is_there(agent));
+            for agent in &mut coming {
+                let log = self.node_dir(agent.place).join("agent.log");
+                check(&agent_role(agent.place), &log, &mut agent.child)?;
             }
-            for (place, child) in &mut started {
-                check(
-                    &agent_role(*place),
-                    &self.node_dir(*place).join("agent.log"),
-                    child,
-                )?;
-            }
-            if tokio::time::Instant::now() >= deadline {
+            if !coming.is_empty() && tokio::time::Instant::now() >= deadline {
                 let message = format!(
-                    "the agents did not come up within {}s; look into {}",
+                    "{} of the agents did not come up within {}s; look into {}",
+                    coming.len(),
                     START_TIMEOUT.as_secs(),
                     self.dir.display()
                 );
@@ -290,6 +382,7 @@ impl LocalCluster {
             }
             tokio::time::sleep(POLL).await;
         }
+        Ok(())
     }
 
     /// Ends the cluster's processes; answers whether there were any. Jobs that are not over are a refusal, or with
@@ -303,6 +396,16 @@ impl LocalCluster {
             end_jobs(&connection::open(&context).await?, force).await?;
         }
         let processes = self.processes();
+        let any = self.end_processes(&processes).await?;
+        self.save(&Processes {
+            listen: processes.listen,
+            ..Processes::default()
+        })?;
+        Ok(any)
+    }
+
+    /// Agents first, so that they can say goodbye; answers whether there was anything to end.
+    async fn end_processes(&self, processes: &Processes) -> Result<bool, Failure> {
         let mut any = false;
         for process in processes
             .agents
@@ -313,10 +416,6 @@ impl LocalCluster {
             process.stop().await?;
             any = true;
         }
-        self.save(&Processes {
-            listen: processes.listen,
-            ..Processes::default()
-        })?;
         Ok(any)
     }
 
@@ -384,8 +483,8 @@ async fn end_jobs(connection: &Connection, force: bool) -> Result<(), Failure> {
     if !force {
         let some: Vec<_> = live.iter().take(5).map(ToString::to_string).collect();
         let message = format!(
-            "{} jobs are not over ({}{}); wait for them, cancel them, or use --force, which cancels them",
-            live.len(),
+            "not over: {} ({}{}); wait for them, cancel them, or use --force, which cancels them",
+            output::count(live.len() as u64, "job"),
             some.join(", "),
             if live.len() > some.len() { ", …" } else { "" },
         );
@@ -437,9 +536,9 @@ fn node_name(place: u32, nodes: u32) -> String {
 }
 
 /// CPUs and memory of each node: what the plan says, or this machine's divided by the nodes. A node always has a CPU.
-fn share(plan: &Plan, dir: &Path) -> (String, String) {
+fn share(plan: &Plan, nodes: u32, dir: &Path) -> (String, String) {
     let inventory = trainyard_agent::probe::host::read(dir);
-    let nodes = u64::from(plan.nodes.max(1));
+    let nodes = u64::from(nodes.max(1));
     let cpus = (u64::from(inventory.cpu.threads) / nodes).max(1);
     let memory = inventory.memory_bytes / nodes;
     (

@@ -6,13 +6,15 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use trainyard_common::ids::AttemptRef;
+use trainyard_common::spec::JobSpec;
 use trainyard_common::time::Timestamp;
 use trainyard_common::units::{format_bytes, parse_duration};
 use trainyard_proto::v1;
 
 use crate::args::{Global, LogsArgs};
 use crate::connection::{self, Connection, Patience, is_away};
-use crate::failure::Failure;
+use crate::failure::{EXIT_NOT_FOUND, Failure};
+use crate::jobs::{self, JobDetail};
 use crate::output;
 
 /// Shows a job's output.
@@ -28,7 +30,9 @@ pub(crate) async fn logs(global: &Global, args: LogsArgs) -> Result<ExitCode, Fa
         since: args.since.as_deref().map(since).transpose()?,
         offset: 0,
     };
-    let mut printer = Printer::new(args.json, Labels::Unknown);
+    let detail = jobs::get(&connection, args.job).await?;
+    exists(&args, &detail)?;
+    let mut printer = Printer::new(args.json, Labels::of(&detail.job.spec));
     read(&connection, request, &mut printer, Patience::default()).await?;
     printer.finish()?;
     Ok(ExitCode::SUCCESS)
@@ -75,9 +79,12 @@ pub(crate) async fn read(
 fn since(text: &str) -> Result<prost_types::Timestamp, Failure> {
     let at = match (text.parse::<jiff::Timestamp>(), parse_duration(text)) {
         (Ok(at), _) => at,
-        (Err(_), Ok(ago)) => jiff::Timestamp::now()
-            .saturating_sub(jiff::SignedDuration::try_from(ago).unwrap_or_default())
-            .unwrap_or_default(),
+        (Err(_), Ok(ago)) => {
+            let ago = jiff::SignedDuration::try_from(ago).unwrap_or(jiff::SignedDuration::MAX);
+            jiff::Timestamp::now()
+                .saturating_sub(ago)
+                .unwrap_or_default()
+        }
         (Err(_), Err(_)) => {
             return Err(Failure::usage(
                 "--since",
@@ -87,10 +94,9 @@ fn since(text: &str) -> Result<prost_types::Timestamp, Failure> {
             ));
         }
     };
-    Ok(prost_types::Timestamp {
-        seconds: at.as_second(),
-        nanos: at.subsec_nanosecond(),
-    })
+    // Records have whole milliseconds, and none is from before 1970.
+    let millis = u64::try_from(at.as_millisecond()).unwrap_or(0);
+    Ok(trainyard_proto::convert::timestamp(Timestamp(millis)))
 }
 
 /// Whether lines say which rank wrote them.
@@ -102,8 +108,49 @@ pub(crate) enum Labels {
     Ranks,
     /// An array, and maybe several ranks.
     Tasks,
-    /// Not known: labelled from the first line that is not of rank 0.
-    Unknown,
+}
+
+impl Labels {
+    /// What a job's output needs.
+    pub(crate) fn of(spec: &JobSpec) -> Self {
+        match (spec.array.is_some(), spec.world_size()) {
+            (true, _) => Self::Tasks,
+            (false, 1) => Self::None,
+            (false, _) => Self::Ranks,
+        }
+    }
+}
+
+/// Refuses what the job cannot have, rather than showing nothing.
+fn exists(args: &LogsArgs, detail: &JobDetail) -> Result<(), Failure> {
+    let spec = &detail.job.spec;
+    let missing = |what: &str, has: String| {
+        let message = format!("{} has no {what}; it has {has}", args.job);
+        Err(Failure::new(EXIT_NOT_FOUND, "NO_SUCH_OUTPUT", message))
+    };
+    if let Some(rank) = args.rank.filter(|rank| *rank >= spec.world_size()) {
+        return missing(
+            &format!("rank {rank}"),
+            format!("ranks 0 to {}", spec.world_size() - 1),
+        );
+    }
+    let (first, last) = spec.array.map_or((0, 0), |array| (array.first, array.last));
+    if let Some(task) = args.task.filter(|task| !(first..=last).contains(task)) {
+        return missing(&format!("task {task}"), format!("tasks {first} to {last}"));
+    }
+    let attempts = detail
+        .attempts
+        .iter()
+        .map(|attempt| attempt.id.attempt.0)
+        .max()
+        .unwrap_or(0);
+    match args.attempt {
+        Some(attempt) if attempt > attempts && spec.array.is_none() => missing(
+            &format!("attempt {attempt}"),
+            output::count(u64::from(attempts), "attempt"),
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Writes output as it comes. Where lines are labelled a line appears when it is whole.
@@ -205,15 +252,8 @@ impl Printer {
         stderr: bool,
         data: &[u8],
     ) -> Result<(), Failure> {
-        if self.labels == Labels::Unknown && (rank > 0 || attempt.task.0 > 0) {
-            self.labels = if attempt.task.0 > 0 {
-                Labels::Tasks
-            } else {
-                Labels::Ranks
-            };
-        }
         let label = match self.labels {
-            Labels::None | Labels::Unknown => return self.write(stderr, data),
+            Labels::None => return self.write(stderr, data),
             Labels::Ranks => format!("[{rank}] "),
             Labels::Tasks => format!("[{}.{rank}] ", attempt.task),
         };

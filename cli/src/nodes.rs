@@ -291,8 +291,11 @@ fn show(detail: &NodeDetail) {
         (
             "processor",
             printable(&format!(
-                "{} ({} sockets, {} cores, {} threads)",
-                cpu.model, cpu.sockets, cpu.cores, cpu.threads
+                "{} ({}, {}, {})",
+                cpu.model,
+                output::count(cpu.sockets.into(), "socket"),
+                output::count(cpu.cores.into(), "core"),
+                output::count(cpu.threads.into(), "thread")
             )),
         ),
         ("memory", format_bytes(inventory.memory_bytes)),

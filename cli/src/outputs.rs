@@ -58,8 +58,8 @@ pub(crate) async fn outputs(global: &Global, args: OutputsArgs) -> Result<ExitCo
         );
     } else {
         output::line(&format!(
-            "{} files, {} in {}",
-            fetched.files,
+            "{}, {} in {}",
+            output::count(fetched.files as u64, "file"),
             format_bytes(fetched.bytes),
             to.display()
         ));
@@ -75,6 +75,8 @@ pub(crate) async fn fetch(
     to: &Path,
 ) -> Result<Fetched, Failure> {
     let detail = jobs::get(connection, job).await?;
+    let warnings = detail.warnings();
+    warnings.iter().for_each(|warning| output::warning(warning));
     let chosen = choose(&detail.attempts, wanted);
     if chosen.is_empty() {
         let what = if wanted.checkpoint {
@@ -84,7 +86,12 @@ pub(crate) async fn fetch(
         };
         let message = if detail.job.state.is_terminal() {
             format!(
-                "{job} left no {what}: nothing was written to {}",
+                "{job} left no {what}: nothing {}was written to {}",
+                if warnings.is_empty() {
+                    ""
+                } else {
+                    "that could be kept "
+                },
                 if wanted.checkpoint {
                     "YARD_CHECKPOINT_DIR"
                 } else {

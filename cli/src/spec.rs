@@ -46,13 +46,11 @@ pub(crate) fn spec(flags: &JobFlags) -> Result<JobSpec, Failure> {
             parse_cpus(text).map_err(|error| Failure::usage("--cpus", error))?;
     }
     if let Some(text) = &flags.memory {
-        spec.resources_per_node.memory_bytes =
-            parse_bytes(text).map_err(|error| Failure::usage("--memory", error))?;
+        spec.resources_per_node.memory_bytes = memory("--memory", text)?;
     }
     spec.gpu_type.clone_from(&flags.gpu_type);
     if let Some(text) = &flags.gpu_memory {
-        spec.gpu_memory_bytes =
-            Some(parse_bytes(text).map_err(|error| Failure::usage("--gpu-memory", error))?);
+        spec.gpu_memory_bytes = Some(memory("--gpu-memory", text)?);
     }
     spec.launcher = launcher(flags.launcher.as_deref())?;
     spec.env = pairs("--env", &flags.env, |name| std::env::var(name).ok())?;
@@ -83,6 +81,18 @@ pub(crate) fn spec(flags: &JobFlags) -> Result<JobSpec, Failure> {
     }
     spec.validate().map_err(|error| invalid(&error))?;
     Ok(spec)
+}
+
+/// An amount of memory given to a flag. None at all is said by leaving the flag out.
+fn memory(flag: &str, text: &str) -> Result<u64, Failure> {
+    match parse_bytes(text) {
+        Ok(0) => Err(Failure::usage(
+            flag,
+            "0 is no amount of memory; leave it out if it is not to be counted",
+        )),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(Failure::usage(flag, error)),
+    }
 }
 
 /// The directory to send, if any. `default` is what is sent when nothing was said.

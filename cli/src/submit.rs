@@ -52,8 +52,9 @@ pub(crate) async fn submit(global: &Global, args: SubmitArgs) -> Result<ExitCode
 }
 
 fn prepare(flags: JobFlags) -> Result<(JobFlags, JobSpec), Failure> {
+    let given = flags.clone();
     let flags = jobfile::merge(flags)?;
-    let spec = spec::spec(&flags)?;
+    let spec = spec::spec(&flags).map_err(|failure| jobfile::blame(failure, &given))?;
     Ok((flags, spec))
 }
 

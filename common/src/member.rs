@@ -167,6 +167,9 @@ pub struct Ending {
     pub outputs: Option<Digest>,
     /// The tree of `YARD_CHECKPOINT_DIR`, likewise.
     pub checkpoint: Option<Digest>,
+    /// What of logs, outputs and checkpoint is not kept, and why; empty if all is.
+    #[serde(default)]
+    pub warning: String,
 }
 
 /// How one rank ended.

@@ -159,6 +159,8 @@ pub struct MemberRecord {
     pub outputs: Option<Digest>,
     /// The tree of its checkpoint.
     pub checkpoint: Option<Digest>,
+    /// What of its logs, outputs and checkpoint is not kept, and why; empty if all is.
+    pub warning: String,
 }
 
 named_enum!(

@@ -62,11 +62,11 @@ fn fake_gpus_are_found_shown_and_bound_by_uuid() {
     assert_eq!(bound, known);
     let refused = cluster
         .yard(&["submit", "--gpus", "9", "--", "true"])
-        .expect_code(77);
+        .expect_code(65);
     assert!(refused.stderr.contains('8'), "{}", refused.stderr);
     let other = cluster
         .yard(&["submit", "--gpus", "1", "--gpu-type", "A100", "--", "true"])
-        .expect_code(77);
+        .expect_code(65);
     assert!(other.stderr.contains("A100"), "{}", other.stderr);
 }
 

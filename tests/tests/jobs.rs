@@ -287,6 +287,48 @@ fn code_travels_and_outputs_come_back() {
 }
 
 #[test]
+fn what_cannot_be_kept_is_told_and_the_rest_is_kept() {
+    let machine = Machine::new();
+    let cluster = machine.up(&[]);
+    let script = "cd $YARD_OUTPUT_DIR; echo kept > good; mkfifo pipe; ln -s /etc/passwd out; truncate -s 2T huge";
+    let ran = cluster
+        .yard(&["run", "--no-dir", "--", "sh", "-c", script])
+        .expect_code(0);
+    let shown = cluster.yard(&["job", "j1"]).expect_code(0).stdout;
+    for name in ["pipe", "out", "huge"] {
+        assert!(
+            ran.stderr.contains(name) && shown.contains(name),
+            "{name}: {}\n{shown}",
+            ran.stderr
+        );
+    }
+    let to = machine.dir("fetched");
+    let _ = cluster
+        .yard(&["outputs", "j1", "--to", to.to_str().unwrap()])
+        .expect_code(0);
+    assert_eq!(fs::read_to_string(to.join("good")).unwrap(), "kept\n");
+    assert_eq!(fs::read_dir(&to).unwrap().count(), 1);
+}
+
+#[test]
+fn up_brings_back_the_agents_that_the_cluster_had() {
+    let machine = Machine::new();
+    let cluster = machine.up(&["--nodes", "2"]);
+    let _ = cluster.yard(&["down"]).expect_code(0);
+    let up = cluster.yard(&["up"]).expect_code(0);
+    assert!(up.stdout.contains("2 nodes"), "{}", up.stdout);
+    let _ = cluster
+        .yard(&["run", "--nodes", "2", "--", "true"])
+        .expect_code(0);
+    // A node that was taken off the books enrols again.
+    let _ = cluster.yard(&["node", "remove", "n1"]).expect_code(0);
+    let _ = cluster.yard(&["up"]).expect_code(0);
+    let _ = cluster
+        .yard(&["run", "--nodes", "2", "--", "true"])
+        .expect_code(0);
+}
+
+#[test]
 fn jobs_outlive_the_agent_and_the_coordinator() {
     let machine = Machine::new();
     let cluster = machine.up(&[]);
@@ -383,13 +425,15 @@ fn jobs_are_listed_and_shown() {
             .stdout,
         "4\n5\n"
     );
-    assert!(
-        cluster
-            .yard(&["logs", &tail, "--rank", "1"])
-            .expect_code(0)
-            .stdout
-            .is_empty()
-    );
+    // What a job cannot have is said, not shown as nothing.
+    let none = cluster
+        .yard(&["logs", &tail, "--rank", "1"])
+        .expect_code(66);
+    assert!(none.stderr.contains("ranks 0 to 0"), "{}", none.stderr);
+    let recent = cluster
+        .yard(&["logs", &tail, "--since", "10m"])
+        .expect_code(0);
+    assert_eq!(recent.stdout.lines().count(), 5);
 }
 
 #[test]
@@ -398,7 +442,7 @@ fn a_job_that_no_nodes_could_hold_is_refused_unless_asked_for() {
     let cluster = machine.up(&[]);
     let refused = cluster
         .yard(&["submit", "--gpus", "8", "--", "true"])
-        .expect_code(77);
+        .expect_code(65);
     assert!(refused.stderr.contains("GPU"), "{}", refused.stderr);
     let job = cluster.submit(&["--gpus", "8", "--allow-infeasible", "--", "true"]);
     assert_eq!(cluster.job(&job)["reason"]["code"], "INFEASIBLE");

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use ignore::{DirEntry, WalkBuilder};
 use trainyard_common::ids::Digest;
+use trainyard_common::units::format_bytes;
 
 use crate::tree::{
     self, EntryKind, InvalidTree, SymlinkRule, Tree, TreeEntry, TreeFile, TreeLimits,
@@ -244,9 +245,19 @@ impl Packer<'_> {
             let Some(thing) = self.look_at(root, entry)? else {
                 continue;
             };
-            if thing.metadata.is_file() {
-                bytes = bytes.saturating_add(thing.metadata.len());
+            let with_it = match thing.metadata.is_file() {
+                true => bytes.saturating_add(thing.metadata.len()),
+                false => bytes,
+            };
+            if with_it > limits.bytes && self.skips() {
+                let path = tree::shorten(&thing.relative.to_string_lossy());
+                self.skip(format!(
+                    "{path:?}: with it there would be more than {}",
+                    format_bytes(limits.bytes)
+                ));
+                continue;
             }
+            bytes = with_it;
             if bytes > limits.bytes {
                 return Err(InvalidTree::TooManyBytes {
                     limit: limits.bytes,

@@ -186,7 +186,7 @@ impl Member {
         ending.outputs = uploaded.outputs;
         ending.checkpoint = uploaded.checkpoint;
         if let Some(warning) = uploaded.warning {
-            ending.message = format!("{}; {warning}", ending.message);
+            ending.warning = warning;
         }
         self.enter(Stage::Ended(ending));
     }
@@ -293,6 +293,7 @@ pub(crate) fn not_started(cause: EndCause, message: impl Into<String>, now: Time
         ended_at: now,
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 

@@ -89,6 +89,7 @@ pub(crate) fn ending(cause: EndCause, started: bool) -> Ending {
         ended_at: Timestamp(77),
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 
@@ -225,7 +226,7 @@ fn a_member_lives_from_prepare_to_forget() {
         warning: Some("a socket was left out".to_owned()),
     };
     end.outputs = uploaded.outputs;
-    end.message = "as the shim said; a socket was left out".to_owned();
+    end.warning = "a socket was left out".to_owned();
     let attempt = it;
     assert_eq!(
         env.tell(Event::UploadFinished { attempt, uploaded }),

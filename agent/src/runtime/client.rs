@@ -321,6 +321,7 @@ fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Option<Ending>> {
             ended_at: now,
             outputs: None,
             checkpoint: None,
+            warning: String::new(),
         }));
     }
     if let Ok(Some(ShimState::Gone(ending))) = dir.read_status() {
@@ -382,6 +383,7 @@ fn never_started(dir: &AttemptDir, now: Timestamp) -> Ending {
         ended_at: now,
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 
@@ -423,6 +425,7 @@ pub(super) fn unknown_ending(
         ended_at: now,
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 

@@ -442,6 +442,7 @@ impl Runtime {
             ended_at: self.inner.clock.now(),
             outputs: None,
             checkpoint: None,
+            warning: String::new(),
         })
     }
 

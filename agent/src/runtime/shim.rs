@@ -105,6 +105,7 @@ fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
                 ended_at: Clock::start().now(),
                 outputs: None,
                 checkpoint: None,
+                warning: String::new(),
             };
             dir.write_status(&ShimState::Gone(ending))?;
             Err(error)

@@ -561,6 +561,7 @@ impl Supervisor {
             ended_at,
             outputs: None,
             checkpoint: None,
+            warning: String::new(),
         };
         self.phase = Phase::Gone;
         self.set_state(ShimState::Gone(ending));

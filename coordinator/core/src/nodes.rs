@@ -92,7 +92,7 @@ impl Core {
         let record = self.t.nodes.get(&node).ok_or_else(|| unknown(node))?;
         if is_ready(record.availability) && self.live.sessions.contains_key(&node) {
             let message = format!(
-                "{node} is in session, so it is not lost; use `yard drain {node}` to empty it"
+                "{node} is in session, so it is not lost; `yard cordon {node}` keeps new work away"
             );
             return Err(Refusal::new(
                 ErrorCode::FailedPrecondition,

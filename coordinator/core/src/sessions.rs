@@ -34,6 +34,9 @@ enum Standing {
     Foreign,
 }
 
+/// Characters of what an agent says about results that were not kept: a few dozen names fit.
+const MAX_WARNING: usize = 4096;
+
 impl Core {
     pub(crate) fn on_registered(&mut self, now: Timestamp, reg: Registration) {
         if let Err(refusal) = self.admit(&reg) {
@@ -366,6 +369,10 @@ impl Core {
         }
         member.outputs = end.outputs.or(member.outputs);
         member.checkpoint = end.checkpoint.or(member.checkpoint);
+        if !end.warning.is_empty() {
+            // An agent's text has a bound here, as rows do.
+            member.warning = end.warning.chars().take(MAX_WARNING).collect();
+        }
     }
 
     /// Changes a node's availability and what follows from it. The reason of an operator stays.

@@ -183,6 +183,7 @@ pub(crate) fn ending(cause: EndCause, first_rank: u32, exits: &[ExitStatus]) -> 
         ended_at: Timestamp(5),
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 

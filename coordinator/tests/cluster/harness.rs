@@ -450,6 +450,7 @@ pub(crate) fn ended(code: u8) -> Ending {
         ended_at: Timestamp(3),
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
 

@@ -434,6 +434,7 @@ impl From<&MemberRecord> for v1::Member {
             ranks,
             outputs,
             checkpoint,
+            warning,
         } = member;
         Self {
             node: node.0,
@@ -445,6 +446,7 @@ impl From<&MemberRecord> for v1::Member {
             ranks: ranks.iter().map(Into::into).collect(),
             outputs: digest_bytes(*outputs),
             checkpoint: digest_bytes(*checkpoint),
+            warning: warning.clone(),
         }
     }
 }
@@ -463,6 +465,7 @@ impl TryFrom<v1::Member> for MemberRecord {
             ranks,
             outputs,
             checkpoint,
+            warning,
         } = message;
         Ok(Self {
             node: node_id("node", node)?,
@@ -474,6 +477,7 @@ impl TryFrom<v1::Member> for MemberRecord {
             ranks: list("ranks", ranks)?,
             outputs: optional_digest("outputs", &outputs)?,
             checkpoint: optional_digest("checkpoint", &checkpoint)?,
+            warning,
         })
     }
 }

@@ -262,6 +262,7 @@ impl From<&Ending> for v1::Ending {
             ended_at,
             outputs,
             checkpoint,
+            warning,
         } = ending;
         Self {
             cause: cause.number(),
@@ -271,6 +272,7 @@ impl From<&Ending> for v1::Ending {
             ended_at: Some(timestamp(*ended_at)),
             outputs: digest_bytes(*outputs),
             checkpoint: digest_bytes(*checkpoint),
+            warning: warning.clone(),
         }
     }
 }
@@ -287,6 +289,7 @@ impl TryFrom<v1::Ending> for Ending {
             ended_at,
             outputs,
             checkpoint,
+            warning,
         } = ending;
         Ok(Self {
             cause: enum_field("cause", cause)?,
@@ -296,6 +299,7 @@ impl TryFrom<v1::Ending> for Ending {
             ended_at: to_timestamp("ended_at", ended_at)?,
             outputs: optional_digest("outputs", &outputs)?,
             checkpoint: optional_digest("checkpoint", &checkpoint)?,
+            warning,
         })
     }
 }

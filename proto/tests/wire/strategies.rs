@@ -264,10 +264,11 @@ fn member() -> impl Strategy<Value = MemberRecord> {
         vec(rank_end(), 0..3),
         option::of(digest()),
         option::of(digest()),
+        text(),
     );
     (given, seen).prop_map(|(given, seen)| {
         let (node, resources, gpu_uuids, address) = given;
-        let (phase, port, ranks, outputs, checkpoint) = seen;
+        let (phase, port, ranks, outputs, checkpoint, warning) = seen;
         MemberRecord {
             node,
             resources,
@@ -278,6 +279,7 @@ fn member() -> impl Strategy<Value = MemberRecord> {
             ranks,
             outputs,
             checkpoint,
+            warning,
         }
     })
 }
@@ -565,10 +567,10 @@ fn ending() -> impl Strategy<Value = Ending> {
         any::<bool>(),
         vec(rank_end(), 0..3),
     );
-    let left = (time(), option::of(digest()), option::of(digest()));
+    let left = (time(), option::of(digest()), option::of(digest()), text());
     (seen, left).prop_map(|(seen, left)| {
         let (cause, message, started, ranks) = seen;
-        let (ended_at, outputs, checkpoint) = left;
+        let (ended_at, outputs, checkpoint, warning) = left;
         Ending {
             cause,
             message,
@@ -577,6 +579,7 @@ fn ending() -> impl Strategy<Value = Ending> {
             ended_at,
             outputs,
             checkpoint,
+            warning,
         }
     })
 }

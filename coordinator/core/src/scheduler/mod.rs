@@ -172,6 +172,7 @@ impl Core {
                 ranks: Vec::new(),
                 outputs: None,
                 checkpoint: None,
+                warning: String::new(),
             });
         }
         if members.len() != usize::try_from(job.spec.nodes).ok()? {

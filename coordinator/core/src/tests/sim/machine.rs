@@ -237,5 +237,6 @@ fn end(now: Timestamp, member: &Member, rng: &mut Rng) -> Ending {
         ended_at: now,
         outputs: None,
         checkpoint: None,
+        warning: String::new(),
     }
 }
