@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use tokio::sync::watch;
-use trainyard_common::ids::{AttemptRef, JobId, NodeId, Sequence, TokenId, UserName};
+use trainyard_common::ids::{
+    AttemptNumber, AttemptRef, JobId, NodeId, Sequence, TaskIndex, TokenId, UserName,
+};
 use trainyard_common::record::{
     AttemptRecord, JobRecord, NodeRecord, Record, TokenRecord, UserRecord,
 };
@@ -131,6 +133,17 @@ impl Tables {
         if self.jobs.contains_key(&job) {
             self.changed.insert(job, at);
         }
+    }
+
+    /// The attempts of a live job that are not over, in order.
+    pub(crate) fn attempts_of(&self, job: JobId) -> Vec<Arc<AttemptRecord>> {
+        let of = |task, attempt| AttemptRef {
+            job,
+            task: TaskIndex(task),
+            attempt: AttemptNumber(attempt),
+        };
+        let range = self.attempts.range(of(0, 0)..=of(u32::MAX, u32::MAX));
+        range.map(|(_, attempt)| Arc::clone(attempt)).collect()
     }
 
     /// When something of a live job last changed, at the latest.

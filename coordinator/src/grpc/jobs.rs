@@ -223,24 +223,39 @@ async fn watch(
     let mut changes = shared.read.watch();
     loop {
         changes.borrow_and_update();
-        let (live, revision) = {
+        let (row, revision) = {
             let tables = shared.read.tables();
-            let live = tables.jobs.contains_key(&job);
-            (
-                live,
-                if live {
-                    tables.changed(job)
-                } else {
-                    tables.revision
-                },
-            )
+            match tables.jobs.get(&job) {
+                Some(row) => (
+                    Some((Arc::clone(row), tables.attempts_of(job))),
+                    tables.changed(job),
+                ),
+                None => (None, tables.revision),
+            }
         };
+        let live = row.is_some();
         if !live || seen == Sequence(0) || revision > seen {
-            let JobHistory { job, attempts, .. } = history(shared, job).await?;
+            // While the job lives its rows are in memory: a watcher of a large array must not read the store for each of
+            // its tasks.
+            let (job, attempts) = match row {
+                Some((row, attempts)) => {
+                    let attempts = attempts
+                        .iter()
+                        .map(|attempt| v1::Attempt::from(attempt.as_ref()));
+                    (v1::Job::from(row.as_ref()), attempts.collect())
+                }
+                None => {
+                    let JobHistory { job, attempts, .. } = history(shared, job).await?;
+                    (
+                        (&job).into(),
+                        attempts.iter().map(v1::Attempt::from).collect(),
+                    )
+                }
+            };
             let message = v1::WatchJobResponse {
                 revision: revision.0,
-                job: Some((&job).into()),
-                attempts: newest(attempts.iter().map(v1::Attempt::from).collect()),
+                job: Some(job),
+                attempts: newest(attempts),
             };
             if sender.send(Ok(message)).await.is_err() || !live {
                 return Ok(());
