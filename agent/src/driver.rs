@@ -14,12 +14,15 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-use trainyard_agent_core::{Config as CoreConfig, Core, Effect, Event, Outbox, RuntimeState};
+use trainyard_agent_core::{
+    BundleEvent, Config as CoreConfig, Core, Effect, Event, Outbox, RuntimeState,
+};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::inventory::Inventory;
 use trainyard_common::member::{DesiredMember, Go, MemberSpec, Stop};
 use trainyard_common::time::Timestamp;
 
+use crate::bundles::Bundles;
 use crate::chain::chain;
 use crate::fetch::Fetcher;
 use crate::logs::Logs;
@@ -53,6 +56,7 @@ pub(crate) struct Driver {
     pub(crate) leave_when_orphaned: Option<Duration>,
     pub(crate) inventory: Inventory,
     pub(crate) lanes: Lanes,
+    pub(crate) bundles: Bundles,
 }
 
 /// Those who carry requests out.
@@ -246,13 +250,21 @@ impl Driver {
                 }
                 // Cancel-safe: an event is taken whole or stays. Both senders live as long as this.
                 Some(event) = self.runtime_events.recv() => self.on_runtime(event),
+                // Cancel-safe, as it says.
+                event = self.bundles.next() => {
+                    if let Some(event) = event? {
+                        self.tell(Event::Bundle(event));
+                    }
+                }
                 Some(event) = self.session_events.recv() => {
                     match &event {
-                        SessionEvent::Open(_) => alone_since = None,
+                        SessionEvent::Open(..) => alone_since = None,
                         SessionEvent::Closed => alone_since = Some(self.clock.now()),
                         SessionEvent::Opening { .. }
                         | SessionEvent::Desired(_)
-                        | SessionEvent::Forget(_) => {}
+                        | SessionEvent::Forget(_)
+                        | SessionEvent::DesiredBundle(_)
+                        | SessionEvent::ForgetBundle(_) => {}
                     }
                     self.on_session(event);
                 }
@@ -312,9 +324,19 @@ impl Driver {
                 self.inventory = *inventory;
                 self.outgoing.clear();
                 // A session that is gone already is followed by another one.
-                let _ = observed.send(self.core.observed());
+                let bundles = self.outgoing.bundles(crate::bundles::Lanes::observed);
+                let _ = observed.send((self.core.observed(), bundles));
             }
-            SessionEvent::Open(desired) => self.tell(Event::Connected { desired }),
+            SessionEvent::Open(desired, bundles) => {
+                self.tell(Event::Connected { desired });
+                self.tell(Event::Bundle(BundleEvent::AllDesired(bundles)));
+            }
+            SessionEvent::DesiredBundle(bundle) => {
+                self.tell(Event::Bundle(BundleEvent::Desired(bundle)));
+            }
+            SessionEvent::ForgetBundle(bundle) => {
+                self.tell(Event::Bundle(BundleEvent::ForgetRequested(bundle)));
+            }
             SessionEvent::Desired(member) => self.tell(Event::DesiredChanged(member)),
             SessionEvent::Forget(attempt) => self.tell(Event::ForgetRequested(attempt)),
             SessionEvent::Closed => self.tell(Event::Disconnected),
@@ -353,6 +375,11 @@ impl Driver {
             Effect::Upload { attempt, started } => (attempt, Task::Upload { started }),
             Effect::Report(member) => return self.outgoing.push(member),
             Effect::Remove(attempt) => (attempt, Task::Remove),
+            Effect::Bundle(effect) => {
+                let core = &self.core;
+                let spec = |bundle| core.bundle_spec(bundle).cloned();
+                return self.bundles.carry_out(effect, spec, self.clock.now());
+            }
             Effect::Note { attempt, text } => {
                 tracing::warn!(%attempt, "{text}");
                 return;

@@ -5,11 +5,13 @@
 //! that owns the core. The end of an agent, wanted or not, touches no running member.
 
 mod backoff;
+mod bundles;
 mod cache;
 mod chain;
 pub mod config;
 mod driver;
 mod fetch;
+mod growth;
 mod link;
 mod logs;
 mod outgoing;
@@ -36,6 +38,7 @@ use trainyard_transport::pki::PkiError;
 pub use crate::config::{Config, ConfigError};
 pub use crate::state::{StateError, make_data_dir};
 
+use crate::bundles::{Bundles, Means};
 use crate::cache::Cache;
 use crate::driver::{Driver, Hands, Lanes, Left, core_config, runtime_state};
 use crate::fetch::Fetcher;
@@ -43,9 +46,10 @@ use crate::link::Link;
 use crate::logs::Logs;
 use crate::outgoing::Outgoing;
 use crate::probe::Probe;
+use crate::runtime::carrier::{CarrierConfig, CarrierError, Carriers, RETURN_AFTER};
 use crate::runtime::{Recovered, Runtime, RuntimeConfig, RuntimeError};
 use crate::session::Session;
-use crate::state::{ATTEMPTS, AgentState, CACHE, CREDENTIALS};
+use crate::state::{ATTEMPTS, AgentState, BUNDLES, CACHE, CREDENTIALS};
 use crate::uploads::Uploader;
 use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
@@ -88,6 +92,9 @@ pub enum Error {
     /// Earlier members cannot be looked for.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    /// Earlier bundles cannot be looked for.
+    #[error(transparent)]
+    Bundles(#[from] CarrierError),
     /// An own fault; starting the agent again loses nothing.
     #[error("a part of the agent failed")]
     Panicked(#[source] tokio::task::JoinError),
@@ -118,10 +125,21 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
         RuntimeConfig {
             attempts_dir: dir.join(ATTEMPTS),
             shim_command: config.shim_command.clone(),
-            run_as,
+            run_as: run_as.clone(),
             log_limit: config.log_limit,
         },
         runtime_sender,
+    );
+    let (carrier_sender, carrier_events) = mpsc::channel(RUNTIME_EVENTS);
+    let carriers = Carriers::new(
+        CarrierConfig {
+            bundles_dir: dir.join(BUNDLES),
+            shim_command: config.shim_command.clone(),
+            run_as,
+            log_limit: config.log_limit,
+            return_after: RETURN_AFTER,
+        },
+        carrier_sender,
     );
     let probe = Arc::new(Probe::new(&config));
     let inventory = {
@@ -131,7 +149,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
     let clock = Clock::start();
     let logs = Logs::new();
     let recovered = recover(&runtime, &logs).await?;
-    let core = Core::new(core_config(&inventory), recovered, clock.now());
+    let mut core = Core::new(core_config(&inventory), recovered, clock.now());
     let cache = Cache::new(dir.join(CACHE), config.cache_limit);
     let hands = Hands {
         fetcher: Fetcher::new(link.clone(), cache),
@@ -141,6 +159,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
     };
     let (session_sender, session_events) = mpsc::channel(SESSION_EVENTS);
     let outgoing = Arc::new(Outgoing::default());
+    let means = Means {
+        logs: logs.clone(),
+        uploader: hands.uploader.clone(),
+        outgoing: outgoing.clone(),
+    };
+    let mut bundles = Bundles::new(carriers, carrier_events, hands.fetcher.clone(), means);
+    core.recover_bundles(bundles.recover().await?);
     let leaving = CancellationToken::new();
     let _leave_on_drop = leaving.clone().drop_guard();
     let session = Session {
@@ -152,6 +177,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
         outgoing: outgoing.clone(),
         driver: session_sender,
         leaving: leaving.clone(),
+        openings: 0,
     };
     let mut session = AbortOnDrop(spawn("session", session.run()));
     let mut logs = AbortOnDrop(spawn("logs", logs.run(link.clone())));
@@ -169,6 +195,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
         leave_when_orphaned: config.leave_when_orphaned,
         inventory,
         lanes: Lanes::new(),
+        bundles,
     };
     let left = tokio::select! {
         biased;

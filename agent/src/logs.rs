@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -29,24 +29,30 @@ use trainyard_transport::client::ConnectError;
 
 use crate::backoff::Backoff;
 use crate::chain::chain;
+use crate::growth::Growth;
 use crate::link::Link;
 use crate::runtime::AttemptDir;
 use trainyard_transport::task::blocking;
 
-/// How often record files are looked at: what a person who follows a log hardly notices.
+/// How often record files are looked at that the kernel does not tell of: what a person who follows a log hardly notices.
 const POLL: Duration = Duration::from_millis(150);
+/// The same for all others, as the kernel may forget to tell (a queue that ran over, a file system of the strange kind).
+const SLOW_POLL: Duration = Duration::from_secs(10);
+/// Least time between two looks because files grew: ranks that write all the time are heard often enough by this.
+const LOOK_GAP: Duration = Duration::from_millis(20);
 /// Bytes of one rank that are on their way. A second's worth on a slow line (10 Mbit/s).
 const WINDOW: u64 = 1 << 20;
-/// Chunks that wait for the network, 2 MiB.
-const SEND_QUEUE: usize = 8;
+/// Chunks that wait for the network, 8 MiB: enough that the short output of many tasks is read in one go.
+const SEND_QUEUE: usize = 32;
 
 /// The ranks whose output is brought to the coordinator. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Logs(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     tracked: Mutex<BTreeMap<AttemptRef, Tracked>>,
+    growth: Growth,
     /// There is something new to do.
     news: Notify,
 }
@@ -54,6 +60,8 @@ struct Shared {
 #[derive(Debug)]
 struct Tracked {
     ranks: BTreeMap<u32, RankLog>,
+    /// Growth of their files is told of.
+    watched: bool,
     /// No process writes any more.
     gone: bool,
     /// Told when everything is stored.
@@ -96,13 +104,19 @@ impl RankLog {
 
 impl Logs {
     pub(crate) fn new() -> Self {
-        Self(Arc::default())
+        Self(Arc::new(Shared {
+            tracked: Mutex::default(),
+            growth: Growth::new(),
+            news: Notify::new(),
+        }))
     }
 
     /// Brings the output of an attempt's ranks to the coordinator from now on. Doing it again changes nothing.
     pub(crate) fn track(&self, dir: &AttemptDir, ranks: Range<u32>) {
         let mut tracked = self.lock();
         tracked.entry(dir.attempt()).or_insert_with(|| Tracked {
+            // Before the first look, so that nothing is missed between the two.
+            watched: self.0.growth.watch(&dir.logs()),
             ranks: ranks
                 .map(|rank| (rank, RankLog::new(dir.log(rank))))
                 .collect(),
@@ -111,6 +125,29 @@ impl Logs {
         });
         drop(tracked);
         self.0.news.notify_one();
+    }
+
+    /// The same for an attempt with one rank whose records are, or will be, in this file.
+    pub(crate) fn track_file(&self, attempt: AttemptRef, rank: u32, path: PathBuf) {
+        self.lock().entry(attempt).or_insert_with(|| Tracked {
+            watched: path.parent().is_some_and(|dir| self.0.growth.watch(dir)),
+            ranks: BTreeMap::from([(rank, RankLog::new(path))]),
+            gone: false,
+            waiters: Vec::new(),
+        });
+        self.0.news.notify_one();
+    }
+
+    /// Brings the whole of such a file to the coordinator, into which nothing is written any more, and waits for that.
+    pub(crate) async fn finish_file(&self, attempt: AttemptRef, rank: u32, path: PathBuf) {
+        self.lock().entry(attempt).or_insert_with(|| Tracked {
+            // It does not grow.
+            watched: true,
+            ranks: BTreeMap::from([(rank, RankLog::new(path))]),
+            gone: true,
+            waiters: Vec::new(),
+        });
+        self.finish(attempt).await;
     }
 
     /// Waits until everything that the ranks of an attempt wrote is stored, or refused. Nothing may write any more. Also
@@ -178,29 +215,56 @@ impl Logs {
         });
         let (sender, mut answers) = open(link).await?;
         let mut renewals = link.renewals();
-        let mut ticks = interval(POLL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let growth = self.0.growth.listen().map_err(PushError::Watch)?;
         loop {
+            let looked = Instant::now();
             self.fill(&sender).await?;
-            if self.lock().is_empty() {
+            let Some(pause) = self.pause() else {
                 return Ok(());
-            }
-            tokio::select! {
-                biased;
-                // Cancel-safe: a message is taken whole or stays.
-                answer = answers.message() => {
-                    let answer = answer?.ok_or(PushError::Closed)?;
-                    *healthy = true;
-                    self.take(answer)?;
+            };
+            let mut look_at = looked + pause;
+            let mut grown = false;
+            loop {
+                tokio::select! {
+                    biased;
+                    // Cancel-safe: a message is taken whole or stays.
+                    answer = answers.message() => {
+                        let answer = answer?.ok_or(PushError::Closed)?;
+                        *healthy = true;
+                        self.take(answer)?;
+                        // What else is there by now, so that the next look is for many of them.
+                        for _ in 0..SEND_QUEUE {
+                            match timeout(Duration::ZERO, answers.message()).await {
+                                Ok(answer) => self.take(answer?.ok_or(PushError::Closed)?)?,
+                                Err(_) => break,
+                            }
+                        }
+                        break;
+                    }
+                    // Cancel-safe: a notification that is not taken stays.
+                    () = self.0.news.notified() => break,
+                    // Cancel-safe. Once is enough to look; what grows later is told of again.
+                    () = growth.grown(), if !grown => {
+                        grown = true;
+                        look_at = look_at.min(looked + LOOK_GAP);
+                    }
+                    // Cancel-safe: only waits. Files may have grown.
+                    () = sleep_until(look_at) => break,
+                    // Cancel-safe: only waits. A sender that is gone never renews.
+                    Ok(()) = renewals.changed() => return Err(PushError::Renewed),
                 }
-                // Cancel-safe: a notification that is not taken stays.
-                () = self.0.news.notified() => {}
-                // Cancel-safe: only waits. Files may have grown.
-                _ = ticks.tick() => {}
-                // Cancel-safe: only waits. A sender that is gone never renews.
-                Ok(()) = renewals.changed() => return Err(PushError::Renewed),
             }
         }
+    }
+
+    /// How long nothing has to be looked at unless there is news; nothing if nothing is tracked.
+    fn pause(&self) -> Option<Duration> {
+        let tracked = self.lock();
+        let pauses = tracked.values().map(|of| match of.watched {
+            true => SLOW_POLL,
+            false => POLL,
+        });
+        pauses.min()
     }
 
     /// Sends what there is and may be on its way, but never waits for the network: the answers have to be read too.
@@ -243,6 +307,7 @@ impl Logs {
                 }
                 let what = match log.stored {
                     None if log.asked => continue,
+                    None if tracked.gone => What::ReadWhole,
                     None => What::Ask,
                     Some(stored) => {
                         let room = WINDOW.saturating_sub(log.sent.saturating_sub(stored));
@@ -277,11 +342,17 @@ impl Logs {
         let of = tracked.get_mut(&read.attempt)?;
         let log = of.ranks.get_mut(&read.rank)?;
         let (offset, data, end) = match (read.what, result) {
-            (What::Ask, _) => {
+            (What::ReadWhole, Ok(Some(data))) => {
+                log.asked = true;
+                log.sent = data.len() as u64;
+                log.end_sent = true;
+                (0, data, true)
+            }
+            (What::Ask | What::ReadWhole, _) => {
                 log.asked = true;
                 (0, Vec::new(), false)
             }
-            (What::Read, Ok(data)) if !data.is_empty() => {
+            (What::Read, Ok(Some(data))) if !data.is_empty() => {
                 log.sent += data.len() as u64;
                 (read.offset, data, false)
             }
@@ -317,7 +388,11 @@ impl Logs {
             return Ok(());
         };
         match log.stored {
-            None => log.sent = answer.stored,
+            None => {
+                log.sent = answer.stored;
+                // Of what was sent whole at once something else may be stored.
+                log.end_sent &= answer.end;
+            }
             // It lost something, as after a power failure: from there again.
             Some(before) if answer.stored < before => {
                 log.sent = answer.stored;
@@ -403,6 +478,8 @@ enum PushError {
     Rpc(#[from] tonic::Status),
     #[error("the coordinator closed the stream")]
     Closed,
+    #[error("files cannot be watched")]
+    Watch(#[source] io::Error),
     #[error("the coordinator's answer names no attempt")]
     Answer,
     #[error("the coordinator's answer makes no sense")]
@@ -436,8 +513,11 @@ impl PushError {
 
 #[derive(Debug, Clone, Copy)]
 enum What {
+    /// What the coordinator has stored.
     Ask,
     Read,
+    /// Nothing is written any more: all of it, if it fits into one message. What is stored already is skipped.
+    ReadWhole,
 }
 
 /// Something to read for one rank.
@@ -456,16 +536,31 @@ struct Wanted {
 #[derive(Debug)]
 struct Chunk {
     read: Wanted,
-    result: io::Result<Vec<u8>>,
+    /// Nothing if it is too long to be read whole.
+    result: io::Result<Option<Vec<u8>>>,
 }
 
 impl Wanted {
     fn perform(self) -> Chunk {
         let result = match self.what {
-            What::Ask => Ok(Vec::new()),
-            What::Read => read_records(&self.path, self.offset),
+            What::Ask => Ok(None),
+            What::Read => read_records(&self.path, self.offset).map(Some),
+            What::ReadWhole => read_whole(&self.path),
         };
         Chunk { read: self, result }
+    }
+}
+
+/// All records of a file of at most a chunk's length.
+fn read_whole(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let length = match std::fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(error),
+    };
+    match length <= CHUNK_BYTES as u64 {
+        true => read_records(path, 0).map(Some),
+        false => Ok(None),
     }
 }
 

@@ -14,12 +14,13 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+use trainyard_common::bundle::{DesiredBundle, ObservedBundle};
 use trainyard_common::error::{ErrorCode, Refusal};
-use trainyard_common::ids::{AttemptRef, Term};
+use trainyard_common::ids::{AttemptRef, BundleRef, Term};
 use trainyard_common::inventory::Inventory;
 use trainyard_common::limits::{HEARTBEAT_INTERVAL, MAX_MESSAGE};
 use trainyard_common::member::{DesiredMember, ObservedMember};
-use trainyard_proto::convert::pages::{Assembler, PageError, observed_pages};
+use trainyard_proto::convert::pages::{Assembler, PageError, Paged, observed_pages, pages};
 use trainyard_proto::convert::{self, InvalidField};
 use trainyard_proto::status::from_status;
 use trainyard_proto::v1::agent_message::Message as Ours;
@@ -57,14 +58,18 @@ pub(crate) enum SessionEvent {
     /// that it reports afterwards is newer than that.
     Opening {
         inventory: Box<Inventory>,
-        observed: oneshot::Sender<Vec<ObservedMember>>,
+        observed: oneshot::Sender<(Vec<ObservedMember>, Vec<ObservedBundle>)>,
     },
     /// It is open; this is everything that is desired.
-    Open(Vec<DesiredMember>),
+    Open(Vec<DesiredMember>, Vec<DesiredBundle>),
     /// One member is desired, or desired differently.
     Desired(Box<DesiredMember>),
     /// A member's end is on record.
     Forget(AttemptRef),
+    /// One bundle is desired, or desired differently.
+    DesiredBundle(Box<DesiredBundle>),
+    /// Everything about a bundle is on record.
+    ForgetBundle(BundleRef),
     /// It is over.
     Closed,
 }
@@ -82,6 +87,8 @@ pub(crate) struct Session {
     pub(crate) driver: mpsc::Sender<SessionEvent>,
     /// The agent's process is about to end.
     pub(crate) leaving: CancellationToken,
+    /// Sessions that this process tried to open.
+    pub(crate) openings: u64,
 }
 
 /// Why a session is over.
@@ -224,8 +231,11 @@ impl Session {
             // to keep a higher term.
             opened = self.open() => opened?,
         };
-        let Open { open, desired } = opened;
-        self.tell(SessionEvent::Open(desired)).await?;
+        let Open {
+            open,
+            desired: (members, bundles),
+        } = opened;
+        self.tell(SessionEvent::Open(members, bundles)).await?;
         tracing::info!(term = open.term.0, node = %self.link.node(), "session with the coordinator is open");
         let result = self.duplex(open, healthy).await;
         // The driver is only gone when the agent is.
@@ -250,6 +260,7 @@ impl Session {
         let (probe, dir) = (self.probe.clone(), self.dir.clone());
         let inventory = blocking(move || probe.read(&dir)).await;
         let channel = self.link.connect().await?;
+        self.openings += 1;
         let hello = self.hello(&inventory);
         let (reply, observed) = oneshot::channel();
         self.tell(SessionEvent::Opening {
@@ -257,11 +268,13 @@ impl Session {
             observed: reply,
         })
         .await?;
-        let observed = observed.await.map_err(|_| SessionError::Leaving)?;
-        let pages = observed_pages(&observed)
-            .into_iter()
-            .map(Ours::ObservedPage);
-        let first: Vec<_> = std::iter::once(Ours::Hello(hello)).chain(pages).collect();
+        let (members, bundles) = observed.await.map_err(|_| SessionError::Leaving)?;
+        let members = observed_pages(&members).into_iter();
+        let bundles = pages(&bundles).into_iter().map(Ours::ObservedBundlePage);
+        let first: Vec<_> = std::iter::once(Ours::Hello(hello))
+            .chain(members.map(Ours::ObservedPage))
+            .chain(bundles)
+            .collect();
         let (sender, receiver) = mpsc::channel(SEND_QUEUE);
         let requests = tokio_stream::iter(first)
             .chain(ReceiverStream::new(receiver))
@@ -292,6 +305,7 @@ impl Session {
         v1::Hello {
             protocol_version: PROTOCOL_VERSION,
             oldest_protocol_version: OLDEST_PROTOCOL_VERSION,
+            opening: self.openings,
             capabilities: Vec::new(),
             cluster: self.link.cluster().0.to_vec(),
             incarnation: self.state.incarnation().0,
@@ -307,7 +321,7 @@ impl Session {
     async fn read_answer(
         &mut self,
         open: &mut OpenSession,
-    ) -> Result<Vec<DesiredMember>, SessionError> {
+    ) -> Result<(Vec<DesiredMember>, Vec<DesiredBundle>), SessionError> {
         let Theirs::Welcome(welcome) = self.next(open).await? else {
             return Err(SessionError::Protocol("something else than a welcome"));
         };
@@ -315,21 +329,37 @@ impl Session {
         let interval = convert::to_duration("heartbeat_interval", welcome.heartbeat_interval)?;
         let (shortest, longest) = HEARTBEAT_BOUNDS;
         open.heartbeat = interval.clamp(shortest, longest);
-        let mut assembler = Assembler::<DesiredMember>::new();
+        let members = self
+            .read_set(open, |message| match message {
+                Theirs::DesiredPage(page) => Some(page),
+                _ => None,
+            })
+            .await?;
+        let bundles = self
+            .read_set(open, |message| match message {
+                Theirs::DesiredBundlePage(page) => Some(page),
+                _ => None,
+            })
+            .await?;
+        Ok((members, bundles))
+    }
+
+    /// Reads one whole set in pages.
+    async fn read_set<T: Paged>(
+        &mut self,
+        open: &mut OpenSession,
+        page_in: impl Fn(Theirs) -> Option<T::Page>,
+    ) -> Result<Vec<T>, SessionError> {
+        let mut assembler = Assembler::<T>::new();
         loop {
-            match self.next(open).await? {
-                Theirs::DesiredPage(page) => {
-                    if let Some(desired) = assembler.push(page)? {
-                        return Ok(desired);
-                    }
-                }
-                Theirs::Resync(resync) => return Err(SessionError::Resync(resync.reason)),
-                Theirs::Welcome(_)
-                | Theirs::Desired(_)
-                | Theirs::Forget(_)
-                | Theirs::HeartbeatAck(_) => {
-                    return Err(SessionError::Protocol("a message amid the desired set"));
-                }
+            let message = self.next(open).await?;
+            if let Theirs::Resync(resync) = message {
+                return Err(SessionError::Resync(resync.reason));
+            }
+            let page =
+                page_in(message).ok_or(SessionError::Protocol("a message amid the desired set"))?;
+            if let Some(set) = assembler.push(page)? {
+                return Ok(set);
             }
         }
     }
@@ -412,7 +442,7 @@ impl Session {
                 permit = sender.reserve(), if waiting => {
                     let permit = permit.map_err(|_| SessionError::Closed)?;
                     if let Some(report) = outgoing.pop() {
-                        permit.send(Ours::Observed((&report).into()));
+                        permit.send(report);
                     }
                 }
                 // Cancel-safe: a notification that is not taken stays.
@@ -441,9 +471,18 @@ impl Session {
             Some(Theirs::Forget(attempt)) => {
                 self.tell(SessionEvent::Forget(attempt.try_into()?)).await
             }
+            Some(Theirs::DesiredBundle(desired)) => {
+                let bundle = DesiredBundle::try_from(desired)?;
+                self.tell(SessionEvent::DesiredBundle(Box::new(bundle)))
+                    .await
+            }
+            Some(Theirs::ForgetBundle(bundle)) => {
+                self.tell(SessionEvent::ForgetBundle(bundle.try_into()?))
+                    .await
+            }
             Some(Theirs::HeartbeatAck(_)) => Ok(()),
             Some(Theirs::Resync(resync)) => Err(SessionError::Resync(resync.reason)),
-            Some(Theirs::Welcome(_) | Theirs::DesiredPage(_)) => {
+            Some(Theirs::Welcome(_) | Theirs::DesiredPage(_) | Theirs::DesiredBundlePage(_)) => {
                 Err(SessionError::Protocol("a second beginning"))
             }
             // Perhaps something that only a newer version knows; full sets are always understood.
@@ -458,7 +497,7 @@ impl Session {
         let reason = "the agent's process ends; its members live on".to_owned();
         let goodbye = async {
             while let Some(report) = self.outgoing.pop() {
-                let _ = open.sender.send(Ours::Observed((&report).into())).await;
+                let _ = open.sender.send(report).await;
             }
             let _ = open
                 .sender
@@ -475,7 +514,7 @@ impl Session {
 /// A session whose full sets are exchanged.
 struct Open {
     open: OpenSession,
-    desired: Vec<DesiredMember>,
+    desired: (Vec<DesiredMember>, Vec<DesiredBundle>),
 }
 
 struct OpenSession {

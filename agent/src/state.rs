@@ -22,6 +22,8 @@ use trainyard_transport::clock;
 pub(crate) const CREDENTIALS: &str = "credentials";
 /// The directory of attempts.
 pub(crate) const ATTEMPTS: &str = "attempts";
+/// The directory of bundles.
+pub(crate) const BUNDLES: &str = "bundles";
 /// The directory of blobs that were fetched.
 pub(crate) const CACHE: &str = "cache";
 const STATE: &str = "agent.json";
@@ -83,6 +85,7 @@ impl AgentState {
     pub(crate) fn open(dir: &Path) -> Result<Self, StateError> {
         make_data_dir(dir)?;
         make_dir(&dir.join(ATTEMPTS), 0o711)?;
+        make_dir(&dir.join(BUNDLES), 0o711)?;
         make_dir(&dir.join(CACHE), 0o700)?;
         let lock = lock(dir)?;
         let mut kept = load(&dir.join(STATE))?;
@@ -146,7 +149,7 @@ pub(crate) fn let_pass(dir: &Path, user: &RunAs) -> Result<(), StateError> {
         .and_then(|name| Ok(getgrouplist(&name, Gid::from_raw(user.gid))?))
         .map_err(failed("look up the groups of its user for", dir))?;
     // These are the agent's own; they may have been made by something that knew nothing of other users.
-    for own in [real.clone(), real.join(ATTEMPTS)] {
+    for own in [real.clone(), real.join(ATTEMPTS), real.join(BUNDLES)] {
         let mode = fs::metadata(&own).map_err(failed("read", &own))?.mode();
         fs::set_permissions(&own, Permissions::from_mode(mode & 0o777 | 0o111))
             .map_err(failed("set the mode of", &own))?;

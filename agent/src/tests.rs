@@ -1,6 +1,7 @@
 //! A whole agent against a scripted coordinator: real TLS, real shims, real processes. The script is what a test says; the
 //! real coordinator is tested together with agents elsewhere.
 
+mod bundles;
 mod script;
 
 use std::collections::BTreeMap;

@@ -125,12 +125,12 @@ impl Uploader {
         }
         if progress.outputs.is_none() {
             progress.outputs = Some(self.upload_dir("outputs", &dir.outputs()).await?);
-            save(&dir, progress.clone()).await;
+            keep(&dir, &progress).await;
         }
         if progress.checkpoint.is_none() {
             progress.checkpoint = Some(self.upload_dir("checkpoint", &dir.checkpoint()).await?);
         }
-        save(&dir, progress.clone()).await;
+        keep(&dir, &progress).await;
         Ok(progress.uploaded().unwrap_or_default())
     }
 
@@ -231,6 +231,16 @@ fn load(dir: &AttemptDir) -> Progress {
     bytes
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
         .unwrap_or_default()
+}
+
+/// Writes it down if it took any effort; to find again that there is nothing to upload costs less than to wait for the
+/// disk.
+async fn keep(dir: &AttemptDir, progress: &Progress) {
+    let parts = [&progress.outputs, &progress.checkpoint];
+    let worth = |part: &Part| part.tree.is_some() || part.warning.is_some();
+    if parts.into_iter().flatten().any(worth) {
+        save(dir, progress.clone()).await;
+    }
 }
 
 /// If it cannot be kept, on a full disk or because the directory could never be made, a restart only costs a second

@@ -24,6 +24,23 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
+/// Reads a whole number, and says which would do.
+fn whole(least: u32, most: u32) -> impl Fn(&str) -> Result<u32, String> + Clone {
+    move |text| {
+        let plain = text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse()
+            .ok()
+            .filter(|number| plain && (least..=most).contains(number))
+            .ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
+    }
+}
+
+/// Reads an address to listen on.
+fn address(text: &str) -> Result<std::net::SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is not an address; write IP:PORT, such as 0.0.0.0:7443"))
+}
+
 /// For every command.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
@@ -146,7 +163,7 @@ pub(crate) struct JobFlags {
     #[arg(short = 'f', long = "file", value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
     /// A name for people [default: the program's]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", allow_hyphen_values = true)]
     pub(crate) name: Option<String>,
     /// Workspace that the job belongs to
     #[arg(long, value_name = "NAME")]
@@ -215,21 +232,6 @@ pub(crate) struct JobFlags {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) image: Option<String>,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) priority: Option<String>,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) preemptible: bool,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) after: Option<String>,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) run_as: Option<String>,
     /// The program and its arguments
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
@@ -241,7 +243,7 @@ pub(crate) struct JobsArgs {
     #[arg(short, long)]
     pub(crate) all: bool,
     /// Most jobs to list
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 100, allow_hyphen_values = true, value_parser = whole(1, 100_000))]
     pub(crate) limit: u32,
     /// Print JSON
     #[arg(long)]
@@ -280,16 +282,16 @@ pub(crate) struct LogsArgs {
     #[arg(short, long)]
     pub(crate) follow: bool,
     /// Only this rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = whole(0, u32::MAX))]
     pub(crate) rank: Option<u32>,
     /// Only this task of an array
-    #[arg(long, value_name = "INDEX")]
+    #[arg(long, value_name = "INDEX", allow_hyphen_values = true, value_parser = whole(0, u32::MAX))]
     pub(crate) task: Option<u32>,
     /// Only this attempt
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = whole(1, u32::MAX))]
     pub(crate) attempt: Option<u32>,
     /// Only the last N lines of each rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = whole(0, u32::MAX))]
     pub(crate) tail: Option<u32>,
     /// Only what was written since a time (2026-11-24T08:00:00Z) or for a while (10m)
     #[arg(long, value_name = "TIME")]
@@ -311,7 +313,7 @@ pub(crate) struct OutputsArgs {
     #[arg(long)]
     pub(crate) checkpoint: bool,
     /// Of this attempt [default: the newest that left any]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = whole(1, u32::MAX))]
     pub(crate) attempt: Option<u32>,
     /// Print JSON
     #[arg(long)]
@@ -402,9 +404,6 @@ pub(crate) struct TokenCreateArgs {
         allow_hyphen_values = true
     )]
     pub(crate) ttl: String,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) pool: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -441,9 +440,6 @@ pub(crate) struct JoinArgs {
     /// Enrol, but do not run the agent now (`yard agent run` does)
     #[arg(long)]
     pub(crate) no_run: bool,
-    /// Refused until it is built
-    #[arg(long, hide = true)]
-    pub(crate) service: bool,
     #[command(flatten)]
     pub(crate) agent: AgentFlags,
 }
@@ -460,28 +456,28 @@ pub(crate) struct LoginArgs {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct UpArgs {
     /// Agents to run; 0 for a head alone, which other machines join [default: those that it had, or 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = whole(0, 64))]
     pub(crate) nodes: Option<u32>,
     /// The unprivileged user that jobs run as here; needed when root lets other machines and users in
     #[arg(long, value_name = "USER")]
     pub(crate) run_as: Option<String>,
     /// Address to listen on; give 0.0.0.0:7443 to let other machines join [default: 127.0.0.1:7443 or a free port]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub(crate) listen: Option<std::net::SocketAddr>,
     /// Endpoints to write into tokens [default: what can be found out]
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<String>,
     /// CPUs of each node [default: this machine's, divided by the nodes]
-    #[arg(long, value_name = "AMOUNT")]
+    #[arg(long, value_name = "AMOUNT", allow_hyphen_values = true)]
     pub(crate) cpus: Option<String>,
     /// Memory of each node [default: likewise]
-    #[arg(long, value_name = "AMOUNT")]
+    #[arg(long, value_name = "AMOUNT", allow_hyphen_values = true)]
     pub(crate) memory: Option<String>,
     /// Give each node GPUs that are not there, to try things out: 8xH100 or 2xA100,1xL4
     #[arg(long, value_name = "NxMODEL")]
     pub(crate) fake_gpus: Option<String>,
     /// Leave by itself after so long without jobs and requests [default: stay]
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     pub(crate) idle_exit: Option<String>,
     /// Print JSON
     #[arg(long)]
@@ -519,13 +515,13 @@ pub(crate) struct CoordinatorRunArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Address to listen on [default: 0.0.0.0:7443]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub(crate) listen: Option<std::net::SocketAddr>,
     /// Endpoints to write into tokens [default: what can be found out]
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<String>,
     /// Leave after so long without jobs and requests
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     pub(crate) idle_exit: Option<String>,
 }
 
@@ -565,10 +561,10 @@ pub(crate) struct AgentFlags {
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) advertise_address: Option<String>,
     /// CPUs that jobs may use [default: all]
-    #[arg(long, value_name = "AMOUNT")]
+    #[arg(long, value_name = "AMOUNT", allow_hyphen_values = true)]
     pub(crate) cpus: Option<String>,
     /// Memory that jobs may use [default: all]
-    #[arg(long, value_name = "AMOUNT")]
+    #[arg(long, value_name = "AMOUNT", allow_hyphen_values = true)]
     pub(crate) memory: Option<String>,
     /// The unprivileged user that jobs run as; needed when the agent runs as root
     #[arg(long, value_name = "USER")]
@@ -581,7 +577,7 @@ pub(crate) struct AgentFlags {
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// Passes over the training data
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 6, allow_hyphen_values = true, value_parser = whole(1, 1000))]
     pub(crate) epochs: u32,
     /// Where to put what the job wrote
     #[arg(long, value_name = "DIR", default_value = "yard-demo-outputs")]

@@ -1,8 +1,11 @@
 //! `yard up` and `yard down`.
 
+use std::ops::RangeInclusive;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::json;
+use trainyard_transport::endpoint::Endpoint;
 
 use crate::args::{DownArgs, Global, UpArgs};
 use crate::context::{self, LOCAL};
@@ -10,7 +13,11 @@ use crate::failure::{EXIT_REFUSED, Failure};
 use crate::local::{LocalCluster, Plan};
 use crate::output;
 use crate::paths::Paths;
-use crate::spec::duration;
+use crate::spec::{cpus_of_node, duration, memory_of_node, within};
+
+/// After how long without work a cluster may leave.
+const IDLE_EXIT: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(30 * 86_400);
 
 /// Starts a cluster on this machine, or adds what is missing to the one that runs.
 pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failure> {
@@ -18,10 +25,25 @@ pub(crate) async fn up(global: &Global, args: UpArgs) -> Result<ExitCode, Failur
     let idle_exit = args
         .idle_exit
         .as_deref()
-        .map(|text| duration("--idle-exit", text))
+        .map(|text| {
+            let time = duration("--idle-exit", text)?;
+            within("--idle-exit", time, IDLE_EXIT)
+        })
         .transpose()?;
+    // Before anything is started, as all of this.
+    args.cpus.as_deref().map(cpus_of_node).transpose()?;
+    args.memory.as_deref().map(memory_of_node).transpose()?;
+    for text in &args.advertise {
+        text.parse::<Endpoint>()
+            .map_err(|error| Failure::usage("--advertise", error))?;
+    }
+    if let Some(name) = &args.run_as
+        && !matches!(nix::unistd::User::from_name(name), Ok(Some(_)))
+    {
+        let message = format!("this machine has no user {name:?}; name one that it has");
+        return Err(Failure::usage("--run-as", message));
+    }
     if let Some(spec) = &args.fake_gpus {
-        // Before anything is started.
         trainyard_fake_nvml::scenario(spec, "")
             .map_err(|error| Failure::usage("--fake-gpus", error))?;
     }

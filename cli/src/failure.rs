@@ -63,13 +63,6 @@ impl Failure {
         failure
     }
 
-    /// A flag or field that this version knows but has not built.
-    pub(crate) fn not_built(flag: &str) -> Self {
-        let mut failure = Self::usage(flag, "is not in this version of Trainyard; leave it out");
-        failure.reason = "NOT_BUILT".to_owned();
-        failure
-    }
-
     /// Invalid data in a named field.
     pub(crate) fn invalid(field: &str, message: impl Display) -> Self {
         let mut failure = Self::new(EXIT_INVALID, "INVALID_FIELD", format!("{field}: {message}"));

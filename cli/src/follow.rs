@@ -290,6 +290,7 @@ mod tests {
             ended_at: None,
             cancel: None,
             exit,
+            bundles: 0,
         }
     }
 

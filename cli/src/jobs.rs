@@ -79,7 +79,8 @@ pub(crate) async fn list(global: &Global, args: JobsArgs) -> Result<ExitCode, Fa
         output::note(hint);
     } else {
         let rows = found.iter().map(row).collect();
-        output::line(&output::table(
+        output::line(&output::table_within(
+            output::terminal_width(),
             &[
                 "ID", "NAME", "OWNER", "STATE", "TASKS", "NODES", "GPUS", "AGE", "RAN", "REASON",
             ],
@@ -94,7 +95,7 @@ fn row(job: &JobRecord) -> Vec<String> {
     let ran = job
         .started_at
         .map(|started| format_duration(job.ended_at.unwrap_or(now).since(started)));
-    let reason: String = printable(&job.reason.message).chars().take(80).collect();
+    let reason = printable(&job.reason.message);
     vec![
         job.id.to_string(),
         job.spec.name.clone(),

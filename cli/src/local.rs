@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -450,7 +451,11 @@ impl LocalCluster {
     /// Only one command starts or stops a cluster at a time; another one waits.
     fn lock(&self) -> Result<nix::fcntl::Flock<fs::File>, Failure> {
         let path = self.dir.join("lock");
-        let file = fs::File::options().create(true).append(true).open(&path);
+        let file = fs::File::options()
+            .create(true)
+            .append(true)
+            .mode(files::PRIVATE_FILE_MODE)
+            .open(&path);
         let file = file.map_err(|error| Failure::path("open", &path, &error))?;
         nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive)
             .map_err(|(_, error)| Failure::path("lock", &path, &error.into()))
@@ -522,10 +527,7 @@ fn usual_or_free() -> SocketAddr {
 
 /// The host's name; several nodes get a number.
 fn node_name(place: u32, nodes: u32) -> String {
-    let host = nix::unistd::gethostname()
-        .ok()
-        .and_then(|name| name.into_string().ok());
-    let host = host
+    let host = trainyard_transport::host::name()
         .filter(|name| is_name(name) && name.len() < 50)
         .unwrap_or_else(|| LOCAL.to_owned());
     if nodes == 1 {
@@ -553,7 +555,7 @@ fn fake_nvml(dir: &Path, spec: &str) -> Result<PathBuf, Failure> {
         .map_err(|error| Failure::usage("--fake-gpus", error))?;
     let library = dir.join("fake-nvml").join("libnvidia-ml.so.1");
     let write = |path: &Path, bytes: &[u8]| {
-        files::write_atomic(path, bytes).map_err(|error| Failure::path("write", path, &error))
+        files::write_private(path, bytes).map_err(|error| Failure::path("write", path, &error))
     };
     files::create_private_dir(&dir.join("fake-nvml"))
         .map_err(|error| Failure::path("make", dir, &error))?;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use trainyard_common::ids::AttemptRef;
@@ -161,7 +162,21 @@ pub(crate) struct Printer {
     clean: [bool; 2],
     seen: BTreeMap<(AttemptRef, u32), u64>,
     partial: BTreeMap<(AttemptRef, u32, bool), Vec<u8>>,
+    gaps: BTreeMap<(AttemptRef, u32), Gap>,
 }
+
+/// Output of a rank that was dropped, told of at most once in [`GAP_PAUSE`]: a rank that writes faster than its disk
+/// leaves hundreds of gaps.
+#[derive(Debug)]
+struct Gap {
+    told: Instant,
+    /// Dropped since then.
+    bytes: u64,
+    cause: String,
+}
+
+/// Time between two words about gaps of one rank.
+const GAP_PAUSE: Duration = Duration::from_secs(1);
 
 /// A line without an end is shown in pieces of this size.
 const MAX_PARTIAL: usize = 64 << 10;
@@ -175,6 +190,7 @@ impl Printer {
             clean,
             seen: BTreeMap::new(),
             partial: BTreeMap::new(),
+            gaps: BTreeMap::new(),
         }
     }
 
@@ -235,13 +251,25 @@ impl Printer {
                 "dropped_bytes": entry.dropped_bytes, "cause": cause,
             });
             output::line(&gap.to_string());
-        } else {
-            output::warning(&format!(
-                "rank {} of {attempt}: {} of output dropped here: {cause}",
-                entry.rank,
-                format_bytes(entry.dropped_bytes)
-            ));
+            return Ok(());
         }
+        let key = (attempt, entry.rank);
+        if let Some(gap) = self.gaps.get_mut(&key) {
+            if gap.told.elapsed() < GAP_PAUSE && gap.cause == cause {
+                gap.bytes += entry.dropped_bytes;
+                return Ok(());
+            }
+            let gap = self.gaps.remove(&key);
+            gap.iter().for_each(|gap| tell_gap(key, gap));
+        }
+        let mut gap = Gap {
+            told: Instant::now(),
+            bytes: entry.dropped_bytes,
+            cause: cause.into_owned(),
+        };
+        tell_gap(key, &gap);
+        gap.bytes = 0;
+        self.gaps.insert(key, gap);
         Ok(())
     }
 
@@ -295,13 +323,26 @@ impl Printer {
         }
     }
 
-    /// Shows lines that never ended.
+    /// Shows lines that never ended, and gaps that were not told of yet.
     pub(crate) fn finish(&mut self) -> Result<(), Failure> {
+        for (key, gap) in std::mem::take(&mut self.gaps) {
+            tell_gap(key, &gap);
+        }
         for ((attempt, rank, stderr), mut rest) in std::mem::take(&mut self.partial) {
             rest.push(b'\n');
             self.show_bytes(attempt, rank, stderr, &rest)?;
         }
         Ok(())
+    }
+}
+
+fn tell_gap((attempt, rank): (AttemptRef, u32), gap: &Gap) {
+    if gap.bytes > 0 {
+        output::warning(&format!(
+            "rank {rank} of {attempt}: {} of output dropped here: {}",
+            format_bytes(gap.bytes),
+            gap.cause
+        ));
     }
 }
 

@@ -18,6 +18,7 @@ mod json;
 mod local;
 mod logs;
 mod nodes;
+mod notyet;
 mod output;
 mod outputs;
 mod paths;
@@ -26,10 +27,13 @@ mod roles;
 mod spec;
 mod submit;
 mod tokens;
+mod usage;
+mod yaml;
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 
 use crate::args::{Cli, Command};
 use crate::failure::{EXIT_USAGE, Failure};
@@ -42,16 +46,23 @@ fn main() -> ExitCode {
     {
         return roles::shim(dir.as_ref());
     }
-    let cli = match Cli::try_parse_from(arguments) {
+    let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
+        // Nothing was asked for: what could be is the best answer.
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            return ExitCode::from(EXIT_USAGE);
+        }
+        Err(error) if error.use_stderr() => {
+            let failure = usage::failure(&error, &arguments);
+            failure.report(usage::wants_json(&arguments));
+            return ExitCode::from(failure.exit);
+        }
+        // Help and version, which were asked for.
         Err(error) => {
             // Nothing is left to do about a terminal that cannot be written to.
             let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::from(EXIT_USAGE)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return ExitCode::SUCCESS;
         }
     };
     let json = cli.command.wants_json();

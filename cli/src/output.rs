@@ -121,6 +121,56 @@ pub(crate) fn table(headers: &[&str], rows: Vec<Vec<String>>) -> String {
     lines.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
+/// The same with the last column cut to what a line of `width` has room for, if there is a width.
+pub(crate) fn table_within(
+    width: Option<usize>,
+    headers: &[&str],
+    rows: Vec<Vec<String>>,
+) -> String {
+    let text = table(headers, rows);
+    match width {
+        Some(width) => text
+            .lines()
+            .map(|line| cut(line, width.max(MIN_WIDTH)))
+            .collect::<Vec<_>>()
+            .join("\n"),
+        None => text,
+    }
+}
+
+/// Columns that a table is never cut below: less shows nothing of use.
+const MIN_WIDTH: usize = 40;
+
+/// The line with at most `width` columns, the last one an ellipsis if there was more. Colours count nothing.
+fn cut(line: &str, width: usize) -> String {
+    if shown_width(line) <= width {
+        return line.to_owned();
+    }
+    let mut shown = String::with_capacity(line.len());
+    let (mut columns, mut in_style) = (0, false);
+    for c in line.chars() {
+        in_style |= c == '\u{1b}';
+        if in_style {
+            // `ESC [ … m`, the only sequences that styles are made of.
+            in_style = c != 'm';
+        } else if columns + 1 < width {
+            columns += 1;
+        } else {
+            break;
+        }
+        shown.push(c);
+    }
+    shown.push('…');
+    let _ = write!(shown, "{}", anstyle::Reset);
+    shown
+}
+
+/// Columns of the terminal that standard output is; nothing if it is none.
+pub(crate) fn terminal_width() -> Option<usize> {
+    let (columns, _) = terminal_size::terminal_size_of(io::stdout())?;
+    Some(usize::from(columns.0))
+}
+
 /// A number with its noun: `1 node`, `2 nodes`.
 pub(crate) fn count(number: u64, noun: &str) -> String {
     if number == 1 {
@@ -184,6 +234,41 @@ mod tests {
         ];
         let text = anstream::adapter::strip_str(&table(&["STATE", "N"], rows)).to_string();
         assert_eq!(text, "STATE    N\nRUNNING  1\nx");
+    }
+
+    #[test]
+    fn tables_are_cut_to_the_width_of_a_terminal_and_not_in_a_pipe() {
+        let rows = || {
+            vec![vec![
+                state("RUNNING"),
+                "waits ".repeat(20).trim_end().to_owned(),
+            ]]
+        };
+        let text = |width| {
+            let text = table_within(width, &["STATE", "REASON"], rows());
+            anstream::adapter::strip_str(&text).to_string()
+        };
+        let whole = text(None);
+        assert!(whole.ends_with(&"waits ".repeat(20).trim_end()), "{whole}");
+        assert_eq!(text(Some(500)), whole);
+        let cut = text(Some(50));
+        let last = cut.lines().last().unwrap();
+        assert_eq!(last.chars().count(), 50);
+        assert!(
+            last.starts_with("RUNNING  waits") && last.ends_with('…'),
+            "{last}"
+        );
+        assert_eq!(
+            text(Some(3)).lines().last().unwrap().chars().count(),
+            MIN_WIDTH
+        );
+        // A style that is cut off does not go on behind it.
+        let styled = cut_styled();
+        assert!(styled.ends_with("…\u{1b}[0m"), "{styled:?}");
+    }
+
+    fn cut_styled() -> String {
+        cut(&styled(STRONG, &"x".repeat(60)), MIN_WIDTH)
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub(crate) struct Wanted {
 pub(crate) struct Fetched {
     pub(crate) files: usize,
     pub(crate) bytes: u64,
+    /// Whether nothing more can come: the job is over.
+    pub(crate) complete: bool,
 }
 
 /// Fetches a job's outputs.
@@ -53,8 +55,11 @@ pub(crate) async fn outputs(global: &Global, args: OutputsArgs) -> Result<ExitCo
     let fetched = fetch(&connection, args.job, wanted, &to).await?;
     if args.json {
         output::line(
-            &json!({ "job": args.job, "to": to, "files": fetched.files, "bytes": fetched.bytes })
-                .to_string(),
+            &json!({
+                "job": args.job, "to": to, "files": fetched.files, "bytes": fetched.bytes,
+                "complete": fetched.complete,
+            })
+            .to_string(),
         );
     } else {
         output::line(&format!(
@@ -123,9 +128,17 @@ pub(crate) async fn fetch(
     let tree = Tree::new(entries.into_values().collect())
         .map_err(|error| Failure::chain(EXIT_INTERNAL, "OUTPUTS", &error))?;
     write(connection, &tree, to).await?;
+    let complete = detail.job.state.is_terminal();
+    if !complete {
+        let state = detail.job.state;
+        output::warning(&format!(
+            "{job} is {state}: this is what was brought in so far; fetch again when it has ended"
+        ));
+    }
     Ok(Fetched {
         files: tree.files().count(),
         bytes: tree.total_bytes(),
+        complete,
     })
 }
 

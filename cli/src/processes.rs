@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -11,6 +12,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use trainyard_agent::runtime::start_time;
+use trainyard_transport::files::PRIVATE_FILE_MODE;
 
 use crate::failure::Failure;
 use crate::jobs::POLL;
@@ -43,6 +46,7 @@ pub(crate) fn spawn(
         File::options()
             .create(true)
             .append(true)
+            .mode(PRIVATE_FILE_MODE)
             .open(log)
             .map_err(|error| Failure::path("write", log, &error))
     };
@@ -108,17 +112,6 @@ impl Process {
         }
         true
     }
-}
-
-/// Start time from `/proc/PID/stat`: the 22nd field, counted after the last ')' as names may hold anything.
-fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 /// The last lines of a log, for an error message.

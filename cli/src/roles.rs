@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
-use trainyard_common::units::{parse_bytes, parse_cpus};
 use trainyard_transport::credentials::Credentials;
 use trainyard_transport::endpoint::InvalidEndpoint;
 use trainyard_transport::enrol;
+use trainyard_transport::host;
 use trainyard_transport::token::TokenKind;
 
 use crate::args::{
@@ -18,7 +18,7 @@ use crate::args::{
 use crate::failure::{EXIT_INVALID, EXIT_IO, EXIT_REFUSED, Failure};
 use crate::output;
 use crate::paths::Paths;
-use crate::spec::duration;
+use crate::spec::{cpus_of_node, duration, memory_of_node};
 use crate::tokens;
 
 /// The hidden command that agents start for each member.
@@ -104,9 +104,6 @@ async fn run_agent(config: trainyard_agent::Config) -> Result<ExitCode, Failure>
 
 /// Enrols this machine and becomes its agent.
 pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<ExitCode, Failure> {
-    if args.service {
-        return Err(Failure::not_built("--service"));
-    }
     let token = tokens::read_token(&args.source, TokenKind::Node)?;
     let config = agent_config(global, None, &args.agent)?;
     // Whatever would keep the agent from running is found before the token is used up.
@@ -124,12 +121,9 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<ExitCode, Fa
     }
     let name = match args.name {
         Some(name) => name,
-        None => nix::unistd::gethostname()
-            .ok()
-            .and_then(|name| name.into_string().ok())
-            .ok_or_else(|| {
-                Failure::usage("--name", "this machine has no readable host name; give one")
-            })?,
+        None => host::name().ok_or_else(|| {
+            Failure::usage("--name", "this machine has no readable host name; give one")
+        })?,
     };
     let credentials = enrol::enrol(&token, &name)
         .await
@@ -176,11 +170,10 @@ fn agent_config(
     config.run_as = run_as.or(config.run_as);
     config.nvml_library = nvml_library.unwrap_or(config.nvml_library);
     if let Some(text) = &cpus {
-        config.cpu_milli = Some(parse_cpus(text).map_err(|error| Failure::usage("--cpus", error))?);
+        config.cpu_milli = Some(cpus_of_node(text)?);
     }
     if let Some(text) = &memory {
-        config.memory_bytes =
-            Some(parse_bytes(text).map_err(|error| Failure::usage("--memory", error))?);
+        config.memory_bytes = Some(memory_of_node(text)?);
     }
     Ok(config)
 }

@@ -3,22 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use trainyard_common::limits;
-use trainyard_common::spec::{Array, InvalidSpec, JobSpec, Launcher, OnDisconnect};
-use trainyard_common::units::{parse_bytes, parse_cpus, parse_duration};
+use trainyard_common::spec::{Array, InvalidSpec, JobSpec};
+use trainyard_common::units::{format_duration, parse_bytes, parse_cpus, parse_duration};
 
 use crate::args::JobFlags;
 use crate::failure::{EXIT_INVALID, Failure};
-
-/// Launchers that the design names and this version has not built.
-const LAUNCHERS_TO_COME: [&str; 3] = ["mpi", "jax", "tensorflow"];
+use crate::notyet;
 
 /// The specification that flags ask for, checked; without the snapshot.
 pub(crate) fn spec(flags: &JobFlags) -> Result<JobSpec, Failure> {
-    refuse_what_is_not_built(flags)?;
     let mut spec = JobSpec::new(job_name(flags), flags.command.clone());
     if let Some(workspace) = &flags.workspace {
         spec.workspace = workspace
@@ -52,9 +51,22 @@ pub(crate) fn spec(flags: &JobFlags) -> Result<JobSpec, Failure> {
     if let Some(text) = &flags.gpu_memory {
         spec.gpu_memory_bytes = Some(memory("--gpu-memory", text)?);
     }
-    spec.launcher = launcher(flags.launcher.as_deref())?;
-    spec.env = pairs("--env", &flags.env, |name| std::env::var(name).ok())?;
-    spec.labels = pairs("--label", &flags.label, |_| None)?;
+    if let Some(text) = &flags.launcher {
+        spec.launcher = one_of("--launcher", text)?;
+    }
+    spec.env = pairs(&flags.env, |name| match std::env::var(name) {
+        Ok(value) => Ok(value),
+        Err(_) => Err(Failure::usage(
+            "--env",
+            format!("{name:?} is not NAME=VALUE, and no variable of that name is set to text"),
+        )),
+    })?;
+    spec.labels = pairs(&flags.label, |text| {
+        Err(Failure::usage(
+            "--label",
+            format!("{text:?} is not NAME=VALUE"),
+        ))
+    })?;
     spec.time_limit = flags
         .time_limit
         .as_deref()
@@ -72,12 +84,7 @@ pub(crate) fn spec(flags: &JobFlags) -> Result<JobSpec, Failure> {
     )?;
     spec.array = flags.array.as_deref().map(array).transpose()?;
     if let Some(text) = &flags.on_disconnect {
-        spec.on_disconnect = match text.as_str() {
-            "stop" => return Err(Failure::not_built("--on-disconnect stop")),
-            text => text
-                .parse::<OnDisconnect>()
-                .map_err(|error| Failure::usage("--on-disconnect", error))?,
-        };
+        spec.on_disconnect = one_of("--on-disconnect", text)?;
     }
     spec.validate().map_err(|error| invalid(&error))?;
     Ok(spec)
@@ -105,8 +112,48 @@ pub(crate) fn directory(flags: &JobFlags, default: Option<&Path>) -> Option<Path
 }
 
 /// A duration given to a flag.
-pub(crate) fn duration(flag: &str, text: &str) -> Result<std::time::Duration, Failure> {
+pub(crate) fn duration(flag: &str, text: &str) -> Result<Duration, Failure> {
     parse_duration(text).map_err(|error| Failure::usage(flag, error))
+}
+
+/// A duration given to a flag, if it is within a range, which the message names.
+pub(crate) fn within(
+    flag: &str,
+    given: Duration,
+    range: RangeInclusive<Duration>,
+) -> Result<Duration, Failure> {
+    if range.contains(&given) {
+        return Ok(given);
+    }
+    let (given, least, most) = (
+        format_duration(given),
+        format_duration(*range.start()),
+        format_duration(*range.end()),
+    );
+    let message = format!("{given} is outside {least} to {most}; choose within that");
+    Err(Failure::usage(flag, message))
+}
+
+/// The CPUs of a node in milli-CPUs, as `--cpus` of an agent gives them.
+pub(crate) fn cpus_of_node(text: &str) -> Result<u64, Failure> {
+    match parse_cpus(text).map_err(|error| Failure::usage("--cpus", error))? {
+        0 => Err(Failure::usage(
+            "--cpus",
+            "a node without CPUs could run nothing; give it some",
+        )),
+        milli => Ok(milli),
+    }
+}
+
+/// The memory of a node in bytes, as `--memory` of an agent gives it.
+pub(crate) fn memory_of_node(text: &str) -> Result<u64, Failure> {
+    match parse_bytes(text).map_err(|error| Failure::usage("--memory", error))? {
+        0 => Err(Failure::usage(
+            "--memory",
+            "a node without memory could run nothing; give it some",
+        )),
+        bytes => Ok(bytes),
+    }
 }
 
 /// A whole number given to a flag, within a range that the message names.
@@ -134,50 +181,19 @@ fn invalid(error: &InvalidSpec) -> Failure {
     failure
 }
 
-fn refuse_what_is_not_built(flags: &JobFlags) -> Result<(), Failure> {
-    let JobFlags {
-        image,
-        priority,
-        preemptible,
-        after,
-        run_as,
-        ..
-    } = flags;
-    let given = [
-        ("--image", image.is_some()),
-        (
-            "--priority",
-            priority
-                .as_deref()
-                .is_some_and(|priority| priority != "normal"),
-        ),
-        ("--preemptible", *preemptible),
-        ("--after", after.is_some()),
-        ("--run-as", run_as.is_some()),
-    ];
-    match given.iter().find(|(_, given)| *given) {
-        Some((flag, _)) => Err(Failure::not_built(flag)),
-        None => Ok(()),
-    }
-}
-
 fn nodes(text: Option<&str>) -> Result<u32, Failure> {
     if text.is_some_and(|text| text.contains("..")) {
-        return Err(Failure::not_built("--nodes MIN..MAX"));
+        return Err(notyet::elastic("--nodes"));
     }
     count("--nodes", text, 1, 1, limits::MAX_NODES_PER_JOB)
 }
 
-fn launcher(text: Option<&str>) -> Result<Launcher, Failure> {
-    match text {
-        None => Ok(Launcher::None),
-        Some(text) if LAUNCHERS_TO_COME.contains(&text) => {
-            Err(Failure::not_built(&format!("--launcher {text}")))
-        }
-        Some(text) => text
-            .parse()
-            .map_err(|error| Failure::usage("--launcher", error)),
+/// One of a few words given to a flag.
+fn one_of<T: FromStr<Err: Display>>(flag: &str, text: &str) -> Result<T, Failure> {
+    if let Some(failure) = notyet::value(flag, text) {
+        return Err(failure);
     }
+    text.parse().map_err(|error| Failure::usage(flag, error))
 }
 
 /// `FIRST-LAST`, `FIRST-LAST%MAX` or one index.
@@ -185,7 +201,10 @@ fn array(text: &str) -> Result<Array, Failure> {
     let refuse = || {
         Failure::usage(
             "--array",
-            format!("{text:?} is not FIRST-LAST or FIRST-LAST%MAX, such as 0-99%10"),
+            format!(
+                "{text:?} is not FIRST-LAST or FIRST-LAST%MAX with whole numbers up to {}, such as 0-99%10",
+                u32::MAX
+            ),
         )
     };
     fn number<E: Display>(text: &str, refuse: impl Fn() -> E) -> Result<u32, E> {
@@ -211,24 +230,16 @@ fn array(text: &str) -> Result<Array, Failure> {
     })
 }
 
+/// Names and values; what stands for a name alone is decided by `alone`.
 fn pairs(
-    flag: &str,
     given: &[String],
-    inherited: impl Fn(&str) -> Option<String>,
+    alone: impl Fn(&str) -> Result<String, Failure>,
 ) -> Result<BTreeMap<String, String>, Failure> {
     let mut pairs = BTreeMap::new();
     for text in given {
         let (name, value) = match text.split_once('=') {
             Some((name, value)) => (name, value.to_owned()),
-            None => match inherited(text) {
-                Some(value) => (text.as_str(), value),
-                None => {
-                    return Err(Failure::usage(
-                        flag,
-                        format!("{text:?} is not NAME=VALUE, and no variable of that name is set"),
-                    ));
-                }
-            },
+            None => (text.as_str(), alone(text)?),
         };
         pairs.insert(name.to_owned(), value);
     }
@@ -337,13 +348,15 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_and_not_ignored() {
-        let mut given = flags(&["true"]);
-        given.image = Some("x".into());
-        assert_eq!(spec(&given).unwrap_err().reason, "NOT_BUILT");
-        for (nodes, launcher) in [(Some("2..8"), None), (None, Some("mpi"))] {
+        for (nodes, launcher, on_disconnect) in [
+            (Some("2..8"), None, None),
+            (None, Some("mpi"), None),
+            (None, None, Some("stop")),
+        ] {
             let mut given = flags(&["true"]);
             given.nodes = nodes.map(Into::into);
             given.launcher = launcher.map(Into::into);
+            given.on_disconnect = on_disconnect.map(Into::into);
             assert_eq!(spec(&given).unwrap_err().reason, "NOT_BUILT");
         }
     }

@@ -12,16 +12,19 @@ use trainyard_transport::{blobs, pack};
 
 use crate::args::{Global, JobFlags, RunArgs, SubmitArgs};
 use crate::connection::{self, Connection, patiently};
-use crate::failure::{EXIT_INVALID, EXIT_UNAVAILABLE, Failure};
+use crate::failure::{EXIT_INVALID, EXIT_NOT_FOUND, EXIT_UNAVAILABLE, Failure};
 use crate::follow::{self, Follow};
 use crate::{jobfile, output, spec};
 
 /// Submits, follows, and ends with the job's exit code.
 pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<ExitCode, Failure> {
     let default_dir = args.job.file.is_none().then(|| Path::new("."));
+    let given = args.job.clone();
     let (flags, spec) = prepare(args.job)?;
     let connection = connection::connect_or_start(global).await?;
-    let job = send(&connection, &flags, spec, default_dir).await?;
+    let job = send(&connection, &flags, spec, default_dir)
+        .await
+        .map_err(|failure| jobfile::blame(failure, &given))?;
     if flags.json {
         output::line(&json!({ "type": "submitted", "job": job }).to_string());
     }
@@ -38,10 +41,13 @@ pub(crate) async fn run(global: &Global, args: RunArgs) -> Result<ExitCode, Fail
 
 /// Submits and prints the id.
 pub(crate) async fn submit(global: &Global, args: SubmitArgs) -> Result<ExitCode, Failure> {
+    let given = args.job.clone();
     let (flags, spec) = prepare(args.job)?;
     let connection = connection::connect_or_start(global).await?;
     let totals = totals(&spec);
-    let job = send(&connection, &flags, spec, None).await?;
+    let job = send(&connection, &flags, spec, None)
+        .await
+        .map_err(|failure| jobfile::blame(failure, &given))?;
     if flags.json {
         output::line(&json!({ "type": "submitted", "job": job }).to_string());
     } else {
@@ -54,8 +60,31 @@ pub(crate) async fn submit(global: &Global, args: SubmitArgs) -> Result<ExitCode
 fn prepare(flags: JobFlags) -> Result<(JobFlags, JobSpec), Failure> {
     let given = flags.clone();
     let flags = jobfile::merge(flags)?;
-    let spec = spec::spec(&flags).map_err(|failure| jobfile::blame(failure, &given))?;
+    let spec = spec::spec(&flags)
+        .and_then(|spec| {
+            check_dir(&flags)?;
+            Ok(spec)
+        })
+        .map_err(|failure| jobfile::blame(failure, &given))?;
+    // Before anything is started or sent.
+    request_id(&flags)?;
     Ok((flags, spec))
+}
+
+/// Refuses a directory that is none, before anything is started or sent.
+fn check_dir(flags: &JobFlags) -> Result<(), Failure> {
+    match &flags.dir {
+        Some(dir) if !dir.is_dir() => {
+            let message = format!(
+                "there is no directory {}; name one, or use --no-dir",
+                dir.display()
+            );
+            let mut failure = Failure::invalid("dir", message);
+            failure.exit = EXIT_NOT_FOUND;
+            Err(failure)
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Sends the directory and the specification; the answer comes after the job is on the coordinator's disk.

@@ -24,7 +24,7 @@ use crate::jobs::unreadable;
 use crate::logs::local_time;
 use crate::output;
 use crate::paths::Paths;
-use crate::spec::{count, duration};
+use crate::spec::{count, duration, within};
 
 /// A token's text is far shorter; more is surely another file.
 const MAX_TOKEN_FILE_BYTES: u64 = 64 << 10;
@@ -138,9 +138,6 @@ fn row(token: &TokenView) -> Vec<String> {
 }
 
 async fn create(global: &Global, args: TokenCreateArgs) -> Result<ExitCode, Failure> {
-    if args.pool.is_some() {
-        return Err(Failure::not_built("--pool"));
-    }
     let grant = match args.user {
         Some(name) => {
             let role = args.role.as_deref().map_or(Ok(Role::User), str::parse);
@@ -154,7 +151,11 @@ async fn create(global: &Global, args: TokenCreateArgs) -> Result<ExitCode, Fail
         },
     };
     let uses = count("--uses", Some(&args.uses), 1, 1, limits::MAX_TOKEN_USES)?;
-    let ttl = duration("--ttl", &args.ttl)?;
+    let ttl = within(
+        "--ttl",
+        duration("--ttl", &args.ttl)?,
+        limits::MIN_TOKEN_TTL..=limits::MAX_TOKEN_TTL,
+    )?;
     let connection = connection::connect(global).await?;
     let (record, token) = make(&connection, &grant, uses, ttl).await?;
     if args.json {

@@ -183,6 +183,48 @@ impl<'de> Deserialize<'de> for AttemptRef {
     }
 }
 
+/// A bundle of tasks of one job on one node, numbered from 1 within the job and never used again. Shown as `j17.b3`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BundleRef {
+    /// The job.
+    pub job: JobId,
+    /// The bundle of that job.
+    pub bundle: u32,
+}
+
+impl fmt::Display for BundleRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.b{}", self.job, self.bundle)
+    }
+}
+
+impl FromStr for BundleRef {
+    type Err = InvalidId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        let invalid = || InvalidId::new("bundle", "job.b and a number such as j17.b3", text);
+        let (job, bundle) = text.split_once(".b").ok_or_else(invalid)?;
+        Ok(Self {
+            job: job.parse().map_err(|_| invalid())?,
+            bundle: bundle.parse().map_err(|_| invalid())?,
+        })
+    }
+}
+
+impl Serialize for BundleRef {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for BundleRef {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
 macro_rules! bytes_id {
     ($(#[$doc:meta])* $name:ident, $len:literal, $kind:literal, $expected:literal) => {
         $(#[$doc])*
@@ -411,6 +453,18 @@ mod tests {
             assert!(
                 bad.parse::<AttemptRef>().is_err(),
                 "{bad:?} was taken for an attempt"
+            );
+        }
+    }
+
+    #[test]
+    fn bundle_reference_round_trips() {
+        let bundle: BundleRef = "j17.b3".parse().unwrap();
+        assert_eq!(bundle.to_string(), "j17.b3");
+        for bad in ["j17", "j17.3", "j17.b", "j17.b3.1", ".b3"] {
+            assert!(
+                bad.parse::<BundleRef>().is_err(),
+                "{bad:?} was taken for a bundle"
             );
         }
     }

@@ -4,6 +4,7 @@
 //! Plain data and rules about it. It knows no async runtime, no wire format, no clock, no file and no network; the
 //! other crates build on it and it builds on none of them.
 
+pub mod bundle;
 pub mod error;
 pub mod ids;
 pub mod inventory;

@@ -46,6 +46,8 @@ pub const MAX_LIVE_JOBS_PER_USER: usize = 50_000;
 pub const MAX_NODES: usize = 20_000;
 /// Join tokens that can still be used.
 pub const MAX_TOKENS: usize = 10_000;
+/// Shortest life of a join token: less than it takes to copy one to another machine is surely a slip.
+pub const MIN_TOKEN_TTL: Duration = Duration::from_secs(10);
 /// Longest life of a join token.
 pub const MAX_TOKEN_TTL: Duration = Duration::from_secs(30 * 86_400);
 /// Life of a join token unless its maker says otherwise.

@@ -30,6 +30,8 @@ pub struct DesiredMember {
 pub enum DesiredPhase {
     /// Fetch, make directories, hold a rendezvous port; start nothing.
     Prepare,
+    /// Prepare, and then start the ranks, once ever: for the only member of a gang, which waits for nobody.
+    Start,
     /// Start the ranks, once ever.
     Run(Go),
     /// End every process within the grace period and report.
@@ -45,6 +47,21 @@ pub struct Go {
     pub master_port: u16,
     /// The address of each member in node-rank order.
     pub node_addrs: Vec<String>,
+}
+
+/// Address of the only member of a gang: it need not leave its machine.
+pub const OWN_ADDRESS: &str = "127.0.0.1";
+
+impl Go {
+    /// What the only member of a gang needs, which holds `port`.
+    #[must_use]
+    pub fn alone(port: u16) -> Self {
+        Self {
+            master_addr: OWN_ADDRESS.to_owned(),
+            master_port: port,
+            node_addrs: vec![OWN_ADDRESS.to_owned()],
+        }
+    }
 }
 
 /// Why and how a member is ended.

@@ -3,9 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::TaskSet;
 use crate::ids::{
-    AttemptRef, Digest, Incarnation, JobId, NodeId, RequestId, TaskIndex, TokenId, UserName,
-    WorkspaceName,
+    AttemptRef, BundleRef, Digest, Incarnation, JobId, NodeId, RequestId, TaskIndex, TokenId,
+    UserName, WorkspaceName,
 };
 use crate::inventory::Inventory;
 use crate::member::RankEnd;
@@ -36,8 +37,10 @@ pub struct JobRecord {
     pub reason: Reason,
     /// Tasks by state.
     pub tasks: TaskCounts,
-    /// Tasks from this index on have never been placed; those below have rows of their own.
+    /// Tasks from this index on have never been placed; those below have rows of their own or are in a bundle.
     pub next_fresh: TaskIndex,
+    /// How many bundles were made of it: the number of the last one.
+    pub bundles: u32,
     /// When it was accepted.
     pub submitted_at: Timestamp,
     /// When a rank first ran.
@@ -161,6 +164,50 @@ pub struct MemberRecord {
     pub checkpoint: Option<Digest>,
     /// What of its logs, outputs and checkpoint is not kept, and why; empty if all is.
     pub warning: String,
+}
+
+named_enum!(
+    /// Where a bundle is in its life.
+    BundleState {
+        /// Handed to its node; nothing was confirmed yet.
+        Placed = "PLACED",
+        /// Its tasks run.
+        Running = "RUNNING",
+        /// It gets no more tasks and ends when it has none.
+        Closing = "CLOSING",
+        /// Its tasks are being ended or given back.
+        Stopping = "STOPPING",
+        /// Given up without confirmation from the node; its processes may still live.
+        Lost = "LOST",
+    }
+);
+
+/// Tasks of an array that a node holds and runs under one shim. The row is deleted when the bundle has ended. Tasks in
+/// `tasks` have no rows of their own unless they run for a while.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BundleRecord {
+    /// Which one.
+    pub id: BundleRef,
+    /// Whose job it is.
+    pub owner: UserName,
+    /// The job's workspace.
+    pub workspace: WorkspaceName,
+    /// Its state.
+    pub state: BundleState,
+    /// Why.
+    pub reason: Reason,
+    /// The node that holds it.
+    pub node: NodeId,
+    /// Tasks that run at the same time, at least 1.
+    pub slots: u32,
+    /// What one task is given.
+    pub resources: Resources,
+    /// Tasks that were handed out, have not ended and were not given back.
+    pub tasks: TaskSet,
+    /// How many reports of the agent are on record: the number of the next one.
+    pub recorded: u64,
+    /// When it was placed.
+    pub placed_at: Timestamp,
 }
 
 named_enum!(
@@ -293,4 +340,8 @@ pub enum Record {
     Token(Box<TokenRecord>),
     /// A user changed.
     User(Box<UserRecord>),
+    /// A bundle changed.
+    Bundle(Box<BundleRecord>),
+    /// A bundle has ended and is no more.
+    BundleRemoved(BundleRef),
 }

@@ -151,10 +151,7 @@ impl JobSpec {
         if !is_name(&self.name) {
             return Err(bad(
                 "name",
-                format!(
-                    "{:?} is not a name; use 1 to 63 letters, digits, '-', '_' or '.'",
-                    cut(&self.name)
-                ),
+                format!("{:?} is not a name; use {NAME_FORM}", cut(&self.name)),
             ));
         }
         range("nodes", self.nodes, 1, limits::MAX_NODES_PER_JOB)?;
@@ -169,7 +166,7 @@ impl JobSpec {
             return Err(bad(
                 "targets",
                 format!(
-                    "{} are listed; at most {} may be",
+                    "{} are listed; at most {} may be, so leave some out",
                     self.targets.len(),
                     limits::MAX_TARGETS
                 ),
@@ -178,7 +175,10 @@ impl JobSpec {
         if let Some(target) = self.targets.iter().find(|target| !is_name(target)) {
             return Err(bad(
                 "targets",
-                format!("{:?} is not the name of a target", cut(target)),
+                format!(
+                    "{:?} is not the name of a target; there are local and attached",
+                    cut(target)
+                ),
             ));
         }
         let Some(array) = self.array else {
@@ -188,7 +188,7 @@ impl JobSpec {
             return Err(bad(
                 "array",
                 format!(
-                    "the last index {} is below the first, {}",
+                    "the last index {} is below the first, {}; write the smaller one first",
                     array.last, array.first
                 ),
             ));
@@ -198,7 +198,7 @@ impl JobSpec {
             return Err(bad(
                 "array",
                 format!(
-                    "{tasks} tasks; at most {} fit into one job",
+                    "{tasks} tasks; at most {} fit into one job, so submit several",
                     limits::MAX_TASKS_PER_JOB
                 ),
             ));
@@ -223,14 +223,20 @@ impl JobSpec {
             let (least, most) = (format_cpus(1), format_cpus(limits::MAX_CPU_MILLI_PER_NODE));
             return Err(bad(
                 "cpus_per_node",
-                format!("{} is outside {least} to {most}", format_cpus(cpu_milli)),
+                format!(
+                    "{} is outside {least} to {most}; choose within that",
+                    format_cpus(cpu_milli)
+                ),
             ));
         }
         if memory_bytes > limits::MAX_MEMORY_PER_NODE {
             let most = format_bytes(limits::MAX_MEMORY_PER_NODE);
             return Err(bad(
                 "memory_per_node",
-                format!("{} is above {most}", format_bytes(memory_bytes)),
+                format!(
+                    "{} is above {most}, the most of a node; ask for less",
+                    format_bytes(memory_bytes)
+                ),
             ));
         }
         if gpus == 0 && (self.gpu_type.is_some() || self.gpu_memory_bytes.is_some()) {
@@ -250,6 +256,15 @@ impl JobSpec {
                     "{:?} names no GPU model; write one such as H100",
                     cut(model)
                 ),
+            ));
+        }
+        if let Some(bytes) = self.gpu_memory_bytes
+            && bytes > limits::MAX_MEMORY_PER_NODE
+        {
+            let most = format_bytes(limits::MAX_MEMORY_PER_NODE);
+            return Err(bad(
+                "gpu_memory",
+                format!("{} is above {most}; ask for less", format_bytes(bytes)),
             ));
         }
         if let Some(limit) = self.time_limit
@@ -278,11 +293,14 @@ impl JobSpec {
             None => {
                 return Err(bad(
                     "command",
-                    "is missing; write the program and its arguments after --",
+                    "is missing; write the program and its arguments after --, or as `command` in a job file",
                 ));
             }
             Some(program) if program.is_empty() => {
-                return Err(bad("command", "the program's name is empty"));
+                return Err(bad(
+                    "command",
+                    "the program's name is empty; write the program and its arguments",
+                ));
             }
             Some(_) => {}
         }
@@ -308,7 +326,10 @@ impl JobSpec {
             if !starts_well || !bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') {
                 return Err(bad(
                     "env",
-                    format!("{:?} is not the name of a variable", cut(name)),
+                    format!(
+                        "{:?} is not the name of a variable; use letters, digits and '_', not beginning with a digit",
+                        cut(name)
+                    ),
                 ));
             }
             if name.starts_with("YARD_") {
@@ -336,7 +357,10 @@ impl JobSpec {
             if !is_name(name) {
                 return Err(bad(
                     "labels",
-                    format!("{:?} is not the name of a label", cut(name)),
+                    format!(
+                        "{:?} is not the name of a label; use {NAME_FORM}",
+                        cut(name)
+                    ),
                 ));
             }
             most(
@@ -368,6 +392,10 @@ fn bad(field: &'static str, problem: impl Into<String>) -> InvalidSpec {
     }
 }
 
+/// What [`is_name`] takes, for messages.
+const NAME_FORM: &str =
+    "1 to 63 letters, digits, '-', '_' or '.', beginning with a letter or digit";
+
 fn cut(text: &str) -> String {
     text.chars().take(64).collect()
 }
@@ -376,7 +404,10 @@ fn range(field: &'static str, value: u32, least: u32, most: u32) -> Result<(), I
     if (least..=most).contains(&value) {
         Ok(())
     } else {
-        Err(bad(field, format!("{value} is outside {least} to {most}")))
+        Err(bad(
+            field,
+            format!("{value} is outside {least} to {most}; choose within that"),
+        ))
     }
 }
 
@@ -386,7 +417,7 @@ fn most(field: &'static str, value: usize, limit: usize, of: &str) -> Result<(),
     } else {
         Err(bad(
             field,
-            format!("{value} {of}; at most {limit} are allowed"),
+            format!("{value} {of}; at most {limit} are allowed, so give less"),
         ))
     }
 }
@@ -395,7 +426,10 @@ fn outside(field: &'static str, value: Duration, least: Duration, most: Duration
     let (least, most) = (format_duration(least), format_duration(most));
     bad(
         field,
-        format!("{} is outside {least} to {most}", format_duration(value)),
+        format!(
+            "{} is outside {least} to {most}; choose within that",
+            format_duration(value)
+        ),
     )
 }
 
@@ -405,7 +439,7 @@ fn plain_text(field: &'static str, text: &str) -> Result<(), InvalidSpec> {
         return Err(bad(
             field,
             format!(
-                "{:?} contains a NUL byte, which no program can be given",
+                "{:?} contains a NUL byte, which no program can be given; leave it out",
                 cut(text)
             ),
         ));
@@ -458,6 +492,13 @@ mod tests {
         assert_eq!(
             field_of(|s| s.gpu_type = Some("H100".into())),
             "gpus_per_node"
+        );
+        assert_eq!(
+            field_of(|s| {
+                s.resources_per_node.gpus = 1;
+                s.gpu_memory_bytes = Some(u64::MAX);
+            }),
+            "gpu_memory"
         );
         assert_eq!(
             field_of(|s| s.time_limit = Some(Duration::ZERO)),

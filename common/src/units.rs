@@ -25,6 +25,10 @@ const BYTES_FORM: &str =
 const CPU_FORM: &str = "an amount of CPUs; write a number with at most three decimals or milli-CPUs, such as 4, 0.5 or 500m";
 const DURATION_FORM: &str =
     "a duration; write whole numbers with units d, h, m, s or ms, such as 90s, 2h or 1h30m";
+// What a number that is too long to be counted is told. The limits of `crate::limits` lie far below.
+const BYTES_RANGE: &str = "a possible amount of memory; no node has more than 64 TiB";
+const CPU_RANGE: &str = "a possible amount of CPUs; no node has more than 4096";
+const DURATION_RANGE: &str = "a possible duration; the longest that anything takes is 366d";
 
 /// Splits ASCII digits off the front.
 fn split_digits(text: &str) -> (&str, &str) {
@@ -51,31 +55,38 @@ pub fn parse_bytes(text: &str) -> Result<u64, InvalidAmount> {
         "TB" => 1_000_000_000_000,
         _ => return Err(invalid(text, BYTES_FORM)),
     };
+    if digits.is_empty() {
+        return Err(invalid(text, BYTES_FORM));
+    }
     digits
         .parse::<u64>()
         .ok()
         .and_then(|n| n.checked_mul(scale))
-        .ok_or_else(|| invalid(text, BYTES_FORM))
+        .ok_or_else(|| invalid(text, BYTES_RANGE))
 }
 
 /// Reads an amount of CPUs in milli-CPUs: `4`, `0.5` or `500m`.
 pub fn parse_cpus(text: &str) -> Result<u64, InvalidAmount> {
     let refuse = || invalid(text, CPU_FORM);
-    let (whole, rest) = split_digits(text);
-    let whole: u64 = whole.parse().map_err(|_| refuse())?;
+    let too_much = || invalid(text, CPU_RANGE);
+    let (digits, rest) = split_digits(text);
+    if digits.is_empty() {
+        return Err(refuse());
+    }
+    let whole = || digits.parse::<u64>().map_err(|_| too_much());
     match rest {
-        "" => whole.checked_mul(1000).ok_or_else(refuse),
-        "m" => Ok(whole),
+        "" => whole()?.checked_mul(1000).ok_or_else(too_much),
+        "m" => whole(),
         _ => {
             let (decimals, tail) = split_digits(rest.strip_prefix('.').ok_or_else(refuse)?);
             if !tail.is_empty() || !(1..=3).contains(&decimals.len()) {
                 return Err(refuse());
             }
             let fraction: u64 = format!("{decimals:0<3}").parse().map_err(|_| refuse())?;
-            whole
+            whole()?
                 .checked_mul(1000)
                 .and_then(|milli| milli.checked_add(fraction))
-                .ok_or_else(refuse)
+                .ok_or_else(too_much)
         }
     }
 }
@@ -96,7 +107,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, InvalidAmount> {
     let mut next_unit = 0;
     while !rest.is_empty() || next_unit == 0 {
         let (digits, tail) = split_digits(rest);
-        let number: u64 = digits.parse().map_err(|_| refuse())?;
+        if digits.is_empty() {
+            return Err(refuse());
+        }
         let end = tail
             .bytes()
             .position(|b| b.is_ascii_digit())
@@ -110,10 +123,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, InvalidAmount> {
             .position(|(name, _)| *name == unit)
             .ok_or_else(refuse)?
             + next_unit;
-        total = number
-            .checked_mul(UNITS[place].1)
+        total = digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(UNITS[place].1))
             .and_then(|part| total.checked_add(part))
-            .ok_or_else(refuse)?;
+            .ok_or_else(|| invalid(text, DURATION_RANGE))?;
         next_unit = place + 1;
         rest = &tail[end..];
     }
@@ -152,12 +167,13 @@ pub fn format_cpus(milli: u64) -> String {
     }
 }
 
-/// Writes a duration for people with its two largest units: `2h 5m`, `42s`, `0.3s`.
+/// Writes a duration for people with its two largest units: `2h 5m`, `42s`, `0.3s`, `40ms`.
 #[must_use]
 pub fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
-        0 if duration.subsec_millis() > 0 => format!("0.{}s", duration.subsec_millis() / 100),
+        0 if duration.subsec_millis() >= 100 => format!("0.{}s", duration.subsec_millis() / 100),
+        0 if duration.subsec_millis() > 0 => format!("{}ms", duration.subsec_millis()),
         0..60 => format!("{seconds}s"),
         60..3600 => two(seconds, 60, "m", 1, "s"),
         3600..86_400 => two(seconds, 3600, "h", 60, "m"),
@@ -177,6 +193,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits;
 
     #[test]
     fn amounts_of_memory() {
@@ -243,12 +260,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_long_to_count_is_told_the_limit() {
+        let bytes = format_bytes(limits::MAX_MEMORY_PER_NODE);
+        for text in ["99999999999TiB", "99999999999999999999999"] {
+            let told = parse_bytes(text).unwrap_err().to_string();
+            assert!(told.ends_with(&format!("more than {bytes}")), "{told}");
+        }
+        let cpus = format_cpus(limits::MAX_CPU_MILLI_PER_NODE);
+        for text in ["18446744073709551615", "99999999999999999999.5"] {
+            let told = parse_cpus(text).unwrap_err().to_string();
+            assert!(told.ends_with(&format!("more than {cpus}")), "{told}");
+        }
+        let longest = format_duration(limits::MAX_TIME_LIMIT);
+        for text in ["999999999999999999d", "100000000000000000000s"] {
+            let told = parse_duration(text).unwrap_err().to_string();
+            assert!(told.ends_with(&format!("takes is {longest}")), "{told}");
+        }
+        for text in ["", "GiB", "-1", "1e9"] {
+            let told = parse_bytes(text).unwrap_err();
+            assert_eq!(told.expected, BYTES_FORM, "{text}");
+        }
+    }
+
+    #[test]
     fn people_read_rounded_units() {
         assert_eq!(format_bytes(1536 << 20), "1.5 GiB");
         assert_eq!(format_bytes(u64::MAX), "16777215.9 TiB");
         assert_eq!(format_cpus(500), "0.5");
         assert_eq!(format_duration(Duration::from_secs(7500)), "2h 5m");
         assert_eq!(format_duration(Duration::from_millis(340)), "0.3s");
+        assert_eq!(format_duration(Duration::from_millis(99)), "99ms");
     }
 
     proptest! {

@@ -7,6 +7,8 @@
 //! It takes no decision of its own, with one exception: after a pause of the whole process it lets no timer fire until
 //! what the agents sent meanwhile had time to arrive. Our own pause is nobody's silence; long ones the core notices too.
 
+#[cfg(test)]
+mod cost;
 mod handle;
 mod round;
 #[cfg(test)]
@@ -214,6 +216,7 @@ impl State {
                 "the coordinator stood still; timers wait until agents had time to be heard"
             );
             self.timers_held_until = Some(now.after(self.grace));
+            self.core.stood_still(now, stood_still);
         }
         if self.timers_held_until.is_some_and(|until| now >= until) {
             self.timers_held_until = None;

@@ -59,7 +59,7 @@ impl Presence {
 
 /// This machine's name, if it has one that can be an endpoint.
 pub(crate) fn hostname() -> Option<String> {
-    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    let name = trainyard_transport::host::name()?;
     name.parse::<Endpoint>().ok()?;
     Some(name)
 }

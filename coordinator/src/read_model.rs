@@ -8,10 +8,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use tokio::sync::watch;
 use trainyard_common::ids::{
-    AttemptNumber, AttemptRef, JobId, NodeId, Sequence, TaskIndex, TokenId, UserName,
+    AttemptNumber, AttemptRef, BundleRef, JobId, NodeId, Sequence, TaskIndex, TokenId, UserName,
 };
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, Record, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, Record, TokenRecord, UserRecord,
 };
 use trainyard_common::state::AttemptState;
 
@@ -31,6 +31,8 @@ pub(crate) struct Tables {
     pub(crate) jobs: BTreeMap<JobId, Arc<JobRecord>>,
     /// Attempts that are not `ENDED`.
     pub(crate) attempts: BTreeMap<AttemptRef, Arc<AttemptRecord>>,
+    /// Bundles that have not ended; also those of jobs that are over.
+    pub(crate) bundles: BTreeMap<BundleRef, Arc<BundleRecord>>,
     pub(crate) nodes: BTreeMap<NodeId, Arc<NodeRecord>>,
     pub(crate) tokens: BTreeMap<TokenId, Arc<TokenRecord>>,
     pub(crate) users: BTreeMap<UserName, Arc<UserRecord>>,
@@ -55,6 +57,11 @@ impl ReadModel {
             .extend(from.jobs.iter().map(|row| (row.id, Arc::new(row.clone()))));
         tables.attempts.extend(
             from.attempts
+                .iter()
+                .map(|row| (row.id, Arc::new(row.clone()))),
+        );
+        tables.bundles.extend(
+            from.bundles
                 .iter()
                 .map(|row| (row.id, Arc::new(row.clone()))),
         );
@@ -119,6 +126,8 @@ impl Tables {
                     self.attempts.insert(attempt.id, Arc::from(attempt));
                 }
             }
+            Record::Bundle(bundle) => drop(self.bundles.insert(bundle.id, Arc::from(bundle))),
+            Record::BundleRemoved(bundle) => drop(self.bundles.remove(&bundle)),
             Record::Node(node) => drop(self.nodes.insert(node.id, Arc::from(node))),
             Record::NodeRemoved(node) => drop(self.nodes.remove(&node)),
             Record::Token(token) if token.revoked || token.uses_left == 0 => {
@@ -144,6 +153,23 @@ impl Tables {
         };
         let range = self.attempts.range(of(0, 0)..=of(u32::MAX, u32::MAX));
         range.map(|(_, attempt)| Arc::clone(attempt)).collect()
+    }
+
+    /// The bundles of a job that have not ended, in order.
+    pub(crate) fn bundles_of(&self, job: JobId) -> impl Iterator<Item = &Arc<BundleRecord>> {
+        let of = |bundle| BundleRef { job, bundle };
+        self.bundles
+            .range(of(0)..=of(u32::MAX))
+            .map(|(_, bundle)| bundle)
+    }
+
+    /// The bundle that holds the task of this attempt, if the attempt is one in a bundle.
+    pub(crate) fn in_bundle(&self, id: AttemptRef) -> Option<&Arc<BundleRecord>> {
+        if id.attempt != AttemptNumber(1) {
+            return None;
+        }
+        self.bundles_of(id.job)
+            .find(|bundle| bundle.tasks.contains(id.task))
     }
 
     /// When something of a live job last changed, at the latest.

@@ -1,13 +1,16 @@
 //! Records for the tests of this crate.
 
+use trainyard_common::bundle::TaskRange;
 use trainyard_common::ids::{
-    AttemptRef, ClusterId, Digest, Incarnation, JobId, NodeId, TaskIndex, TokenId, WorkspaceName,
+    AttemptRef, BundleRef, ClusterId, Digest, Incarnation, JobId, NodeId, TaskIndex, TokenId,
+    WorkspaceName,
 };
 use trainyard_common::inventory::Inventory;
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, Record, Role, Target, TaskCounts, TaskRecord, TokenGrant,
-    TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, BundleState, JobRecord, NodeRecord, Record, Role, Target,
+    TaskCounts, TaskRecord, TokenGrant, TokenRecord, UserRecord,
 };
+use trainyard_common::resources::Resources;
 use trainyard_common::spec::JobSpec;
 use trainyard_common::state::{
     AttemptState, JobState, NodeAvailability, NodePolicy, Reason, ReasonCode,
@@ -35,6 +38,7 @@ pub(crate) fn job(id: u64, state: JobState) -> JobRecord {
             ..TaskCounts::default()
         },
         next_fresh: TaskIndex(0),
+        bundles: 0,
         submitted_at: Timestamp(1000 + id),
         started_at: None,
         ended_at: None,
@@ -76,6 +80,31 @@ pub(crate) fn attempt(id: &str, state: AttemptState) -> AttemptRecord {
         ready_at: None,
         started_at: None,
         ended_at: None,
+    }
+}
+
+/// A bundle of these tasks, both included, of which as many reports are on record.
+pub(crate) fn bundle(id: &str, first: u32, last: u32, recorded: u64) -> BundleRecord {
+    let tasks = TaskRange {
+        first: TaskIndex(first),
+        last: TaskIndex(last),
+    };
+    BundleRecord {
+        id: id.parse::<BundleRef>().unwrap(),
+        owner: "anna".parse().unwrap(),
+        workspace: WorkspaceName::default_workspace(),
+        state: BundleState::Running,
+        reason: reason(),
+        node: NodeId(1),
+        slots: 2,
+        resources: Resources {
+            cpu_milli: 1000,
+            memory_bytes: 0,
+            gpus: 0,
+        },
+        tasks: [tasks].into_iter().collect(),
+        recorded,
+        placed_at: Timestamp(5),
     }
 }
 

@@ -50,7 +50,15 @@ const MAY_DEPEND: [(&str, &[&str]); 10] = [
             "trainyard-fake-nvml",
         ],
     ),
-    ("trainyard-tests", &[]),
+    (
+        "trainyard-tests",
+        &[
+            "trainyard-common",
+            "trainyard-coordinator-core",
+            "trainyard-agent-core",
+            "trainyard-proto",
+        ],
+    ),
 ];
 
 /// What the pure crates and the shared vocabulary may use from outside.
@@ -60,8 +68,6 @@ const PURE_CRATES: [&str; 3] = [
     "trainyard-agent-core",
 ];
 const PURE_MAY_USE: [&str; 3] = ["thiserror", "serde", "proptest"];
-/// For tests of the shared vocabulary only.
-const PURE_MAY_TEST_WITH: [&str; 1] = ["serde_json"];
 
 fn metadata() -> Value {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -115,9 +121,8 @@ fn dependencies_point_in_one_direction() {
             if names.contains(on) {
                 assert!(allowed.contains(&on), "{name} must not depend on {on}");
             } else if PURE_CRATES.contains(&name) {
-                let for_tests = dependency["kind"] == "dev" && PURE_MAY_TEST_WITH.contains(&on);
                 assert!(
-                    for_tests || PURE_MAY_USE.contains(&on),
+                    PURE_MAY_USE.contains(&on),
                     "{name} is pure and must not use {on}"
                 );
             }
@@ -162,9 +167,31 @@ fn every_source_file_says_what_it_owns_and_holds_one_idea() {
 }
 
 #[test]
-fn every_dependency_has_its_line_in_the_decisions() {
+fn every_dependency_has_its_line_in_the_decisions_and_every_line_its_dependency() {
     let page = std::fs::read_to_string(repository().join("docs/decisions/dependencies.md"))
         .expect("the page is there");
+    // The first column of the table's rows: | `a`, `b` | for what | … |
+    let told: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .filter_map(|row| row.split(" | ").next())
+        .flat_map(|names| names.split(", "))
+        .map(|name| name.trim_matches('`'))
+        .collect();
+    let names = workspace_dependencies();
+    let names: BTreeSet<&str> = names.iter().map(String::as_str).collect();
+    let (missing, left): (Vec<_>, Vec<_>) = (
+        names.difference(&told).collect(),
+        told.difference(&names).collect(),
+    );
+    assert!(
+        missing.is_empty() && left.is_empty(),
+        "docs/decisions/dependencies.md says nothing of {missing:?}, and of {left:?}, which is gone"
+    );
+}
+
+/// Dependencies of the workspace from outside, as the root manifest lists them.
+fn workspace_dependencies() -> BTreeSet<String> {
     let manifest = std::fs::read_to_string(repository().join("Cargo.toml")).expect("readable");
     let section = manifest
         .split("[workspace.dependencies]")
@@ -173,17 +200,52 @@ fn every_dependency_has_its_line_in_the_decisions() {
         .split("\n[")
         .next()
         .expect("its text");
-    let names = section
+    section
         .lines()
         .filter_map(|line| line.split_once(" = "))
-        .map(|(name, _)| name.trim());
-    let missing: Vec<_> = names
-        .filter(|name| !name.starts_with("trainyard") && !page.contains(&format!("`{name}`")))
-        .collect();
-    assert!(
-        missing.is_empty(),
-        "docs/decisions/dependencies.md says nothing of {missing:?}"
-    );
+        .map(|(name, _)| name.trim().to_owned())
+        .filter(|name| !name.starts_with("trainyard"))
+        .collect()
+}
+
+/// Named by generated code only.
+const GENERATED_CODE_USES: [&str; 1] = ["tonic-prost"];
+
+#[test]
+fn no_dependency_is_left_over() {
+    let metadata = metadata();
+    let mut unused = workspace_dependencies();
+    let mut faults = Vec::new();
+    for package in metadata["packages"].as_array().expect("packages") {
+        let manifest = PathBuf::from(text(package, "manifest_path"));
+        let dir = manifest.parent().expect("it lies in a folder");
+        let sources = sources(dir);
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let on = text(dependency, "name");
+            unused.remove(on);
+            let used = sources.contains(&on.replace('-', "_"));
+            if !used && !GENERATED_CODE_USES.contains(&on) {
+                faults.push(format!("{} does not use {on}", text(package, "name")));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    assert!(unused.is_empty(), "no crate depends on {unused:?}");
+}
+
+/// The text of a package's own sources, without those of packages that lie in it.
+fn sources(package: &Path) -> String {
+    let is_other = |file: &Path| {
+        file.ancestors()
+            .skip(1)
+            .take_while(|dir| *dir != package)
+            .any(|dir| dir.join("Cargo.toml").exists())
+    };
+    files(package, ".rs")
+        .iter()
+        .filter(|file| !is_other(file))
+        .map(|file| std::fs::read_to_string(file).expect("readable"))
+        .collect()
 }
 
 #[test]

@@ -443,8 +443,39 @@ fn a_job_that_no_nodes_could_hold_is_refused_unless_asked_for() {
     let refused = cluster
         .yard(&["submit", "--gpus", "8", "--", "true"])
         .expect_code(65);
-    assert!(refused.stderr.contains("GPU"), "{}", refused.stderr);
+    for told in ["gpus_per_node (--gpus)", "GPU", "--allow-infeasible"] {
+        assert!(refused.stderr.contains(told), "{}", refused.stderr);
+    }
+    let file = machine.work().join("job.yaml");
+    std::fs::write(&file, "nodes: 5\ncommand: [true]\n").unwrap();
+    let refused = cluster
+        .yard(&["submit", "-f", "job.yaml", "--json"])
+        .expect_code(65)
+        .json();
+    assert_eq!(refused["error"]["field"], "nodes");
+    let told = refused["error"]["message"].as_str().unwrap();
+    assert!(told.starts_with("job.yaml: nodes: needs 5 nodes"), "{told}");
+    assert!(
+        told.contains("could hold a part, and 5 are asked for"),
+        "{told}"
+    );
+    let refused = cluster
+        .yard(&["submit", "--workspace", "other", "--", "true"])
+        .expect_code(66);
+    assert!(refused.stderr.contains("--workspace"), "{}", refused.stderr);
+    // Nothing of it is on record.
+    let jobs = cluster
+        .yard(&["jobs", "-a", "--json"])
+        .expect_code(0)
+        .json();
+    assert_eq!(jobs["jobs"], serde_json::json!([]));
     let job = cluster.submit(&["--gpus", "8", "--allow-infeasible", "--", "true"]);
+    // In a pipe the reason is whole.
+    let listed = cluster.yard(&["jobs"]).expect_code(0).stdout;
+    assert!(
+        listed.contains("could not hold that even if empty: "),
+        "{listed}"
+    );
     assert_eq!(cluster.job(&job)["reason"]["code"], "INFEASIBLE");
     // It holds nobody up.
     let _ = cluster.yard(&["run", "--", "true"]).expect_code(0);

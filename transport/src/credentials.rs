@@ -340,7 +340,7 @@ fn read(dir: &Path, name: &str) -> Result<String, CredentialsError> {
 
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), CredentialsError> {
     let path = dir.join(name);
-    files::write_atomic(&path, bytes).map_err(write_error(&path))
+    files::write_private(&path, bytes).map_err(write_error(&path))
 }
 
 fn write_error(path: &Path) -> impl FnOnce(io::Error) -> CredentialsError {
@@ -403,7 +403,11 @@ mod tests {
         loaded.client_cert().unwrap();
         assert_eq!(names(&dir), [CA, CERT, CLUSTER, KEY]);
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&dir), mode(&dir.join(KEY))), (0o700, 0o600));
+        assert_eq!(mode(&dir), 0o700);
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            assert_eq!(mode(&path), 0o600, "{}", path.display());
+        }
         assert!(!format!("{loaded:?}").contains("PRIVATE"));
     }
 

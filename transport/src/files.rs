@@ -8,10 +8,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// Mode of files that hold secrets.
-const PRIVATE_FILE_MODE: u32 = 0o600;
-/// Mode of files that anybody may read.
-const PUBLIC_FILE_MODE: u32 = 0o644;
+/// Mode of everything that is written here, secret or not: nobody else has any business with it.
+pub const PRIVATE_FILE_MODE: u32 = 0o600;
 /// Mode of directories that hold secrets.
 const PRIVATE_DIR_MODE: u32 = 0o700;
 
@@ -22,15 +20,14 @@ const PRIVATE_DIR_MODE: u32 = 0o700;
 /// # Errors
 /// Whatever the file system says; the temporary file is removed then.
 pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    replace(path, bytes, PRIVATE_FILE_MODE)
-}
-
-/// Writes `bytes` to `path` with mode 0644 (less the umask), otherwise like [`write_private`].
-///
-/// # Errors
-/// Whatever the file system says; the temporary file is removed then.
-pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    replace(path, bytes, PUBLIC_FILE_MODE)
+    let (file, temporary) = create_beside(path, PRIVATE_FILE_MODE)?;
+    let written = fill(file, bytes).and_then(|()| fs::rename(&temporary, path));
+    if let Err(error) = written {
+        // The first error is the one to report; a leftover is only untidy.
+        let _ = fs::remove_file(&temporary);
+        return Err(error);
+    }
+    sync_dir(parent_of(path))
 }
 
 /// Creates `path` and what is missing above it. `path` itself gets mode 0700, also if it existed.
@@ -99,17 +96,6 @@ pub(crate) fn random_hex() -> io::Result<String> {
     Ok(data_encoding::HEXLOWER.encode(&random))
 }
 
-fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let (file, temporary) = create_beside(path, mode)?;
-    let written = fill(file, bytes).and_then(|()| fs::rename(&temporary, path));
-    if let Err(error) = written {
-        // The first error is the one to report; a leftover is only untidy.
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
-    sync_dir(parent_of(path))
-}
-
 fn fill(mut file: File, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     file.sync_all()
@@ -147,9 +133,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("taken");
         fs::create_dir(&path).unwrap();
-        write_atomic(&path, b"x").unwrap_err();
+        write_private(&path, b"x").unwrap_err();
         assert_eq!(names(dir.path()), ["taken"]);
-        write_atomic(Path::new("/"), b"x").unwrap_err();
+        write_private(Path::new("/"), b"x").unwrap_err();
     }
 
     #[test]

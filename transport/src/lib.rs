@@ -12,6 +12,7 @@ pub mod credentials;
 pub mod endpoint;
 pub mod enrol;
 pub mod files;
+pub mod host;
 pub mod identity;
 pub mod pack;
 pub mod pki;

@@ -7,14 +7,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
-use trainyard_common::ids::{AttemptNumber, AttemptRef};
+use trainyard_common::ids::{AttemptNumber, AttemptRef, BundleRef};
 use trainyard_common::limits::MAX_MEMBERS_PER_NODE;
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, EndCause, Ending, MemberSpec, ObservedMember, ObservedPhase, Stop,
+    DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, ObservedMember, ObservedPhase,
+    Stop,
 };
 use trainyard_common::resources::Resources;
 use trainyard_common::time::Timestamp;
 
+use crate::bundle::{Bundles, RecoveredBundle};
 use crate::effect::{Effect, Outbox};
 use crate::event::{Event, Fault, RecoveredMember, RuntimeState, Uploaded};
 use crate::holdings::Holdings;
@@ -39,6 +41,7 @@ pub struct Core {
     config: Config,
     members: BTreeMap<AttemptRef, Member>,
     forgotten: BTreeSet<AttemptRef>,
+    bundles: Bundles,
     connected: bool,
 }
 
@@ -57,6 +60,7 @@ impl Core {
             config,
             members: members.collect(),
             forgotten: BTreeSet::new(),
+            bundles: Bundles::default(),
             connected: false,
         }
     }
@@ -87,7 +91,7 @@ impl Core {
                     true => unaccounted(error, now),
                     false => not_started(EndCause::PrepareFailed, error, now),
                 };
-                self.on_prepare_failed(now, attempt, ending, out);
+                self.on_prepare_failed(now, attempt, Step::Accept, ending, out);
             }
             Event::FetchFinished(attempt) => self.on_fetched(now, attempt, out),
             Event::FetchFailed {
@@ -99,11 +103,12 @@ impl Core {
                     Fault::Infrastructure => EndCause::PrepareFailed,
                     Fault::Job => EndCause::CannotExecute,
                 };
-                self.on_prepare_failed(now, attempt, not_started(cause, error, now), out);
+                let ending = not_started(cause, error, now);
+                self.on_prepare_failed(now, attempt, Step::Fetch, ending, out);
             }
             Event::SpawnFailed { attempt, error } => {
                 let ending = not_started(EndCause::PrepareFailed, error, now);
-                self.on_prepare_failed(now, attempt, ending, out);
+                self.on_prepare_failed(now, attempt, Step::Spawn, ending, out);
             }
             Event::GoFailed { attempt, error } => {
                 self.on_request_failed(now, attempt, Request::Go, &error, out);
@@ -124,7 +129,15 @@ impl Core {
             Event::RemoveFailed { attempt, error } => {
                 self.on_request_failed(now, attempt, Request::Remove, &error, out);
             }
-            Event::TimerFired => self.on_timer(now, out),
+            Event::Bundle(event) => {
+                let holdings = holdings(&self.config, &self.members);
+                let room = |wanted: &Resources| holdings.check_amounts(wanted);
+                self.bundles.handle(now, event, &room, out);
+            }
+            Event::TimerFired => {
+                self.on_timer(now, out);
+                self.bundles.on_timer(now, out);
+            }
         }
     }
 
@@ -135,7 +148,7 @@ impl Core {
             .members
             .values()
             .filter_map(|member| member.backoff.deadline());
-        deadlines.min()
+        deadlines.chain(self.bundles.next_deadline()).min()
     }
 
     /// Every member that there is, for the start of a session.
@@ -150,10 +163,21 @@ impl Core {
         self.members.get(&attempt).map(|member| &member.spec)
     }
 
-    /// Whether any member has, or is about to have, processes.
+    /// Whether any member or bundle has, or is about to have, processes.
     #[must_use]
     pub fn has_live_members(&self) -> bool {
-        self.members.values().any(Member::is_live)
+        self.members.values().any(Member::is_live) || self.bundles.has_live()
+    }
+
+    /// Takes the bundles that were found on disk, before any event.
+    pub fn recover_bundles(&mut self, found: Vec<RecoveredBundle>) {
+        self.bundles.recover(found);
+    }
+
+    /// How a known bundle's tasks are started.
+    #[must_use]
+    pub fn bundle_spec(&self, bundle: BundleRef) -> Option<&MemberSpec> {
+        self.bundles.spec(bundle)
     }
 
     fn on_connected(&mut self, now: Timestamp, desired: Vec<DesiredMember>, out: &mut Outbox) {
@@ -214,7 +238,7 @@ impl Core {
             return;
         }
         let stage = match &desired.phase {
-            DesiredPhase::Prepare => Stage::Waiting,
+            DesiredPhase::Prepare | DesiredPhase::Start => Stage::Waiting,
             // It was ready once, or nobody would want it to run; so it was here and may have run.
             DesiredPhase::Run(_) => {
                 out.note(attempt, "was told to run a member that is not here");
@@ -287,10 +311,10 @@ impl Core {
         }
         match &member.want {
             Want::Stop(_) => member.end(stopped_before_start(now)),
-            Want::Nothing | Want::Prepare | Want::Run(_) if superseded => {
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if superseded => {
                 member.end(older(now));
             }
-            Want::Nothing | Want::Prepare | Want::Run(_) => {
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) => {
                 member.enter(Stage::Fetching { cancelled: false });
                 out.push(Effect::Fetch(attempt));
             }
@@ -308,10 +332,10 @@ impl Core {
         }
         match &member.want {
             Want::Stop(_) => member.end(stopped_before_start(now)),
-            Want::Nothing | Want::Prepare | Want::Run(_) if superseded => {
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if superseded => {
                 member.end(older(now));
             }
-            Want::Nothing | Want::Prepare | Want::Run(_) => {
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) => {
                 member.enter(Stage::Starting);
                 out.push(Effect::SpawnShim(attempt));
             }
@@ -319,44 +343,41 @@ impl Core {
         self.advance(now, attempt, out);
     }
 
-    /// One of the steps before the ranks failed for good.
+    /// One of the steps before the ranks failed for good. News of a step that is behind changes nothing: a shim may have
+    /// been started since.
     fn on_prepare_failed(
         &mut self,
         now: Timestamp,
         attempt: AttemptRef,
+        step: Step,
         ending: Ending,
         out: &mut Outbox,
     ) {
         let Some(member) = self.members.get_mut(&attempt) else {
             return;
         };
-        match (&member.stage, &member.want) {
+        let current = match &member.stage {
+            Stage::Accepting => Some(Step::Accept),
+            Stage::Fetching { .. } => Some(Step::Fetch),
+            Stage::Starting => Some(Step::Spawn),
+            Stage::Waiting
+            | Stage::Ready { .. }
+            | Stage::Running { .. }
+            | Stage::Stopping
+            | Stage::Uploading { .. }
+            | Stage::Ended(_)
+            | Stage::Removing { .. } => None,
+        };
+        if current != Some(step) {
+            return;
+        }
+        if matches!(member.want, Want::Stop(_)) && !ending.started {
             // Whatever went wrong, a stop was wanted, and here is its end.
-            (Stage::Accepting | Stage::Fetching { .. } | Stage::Starting, Want::Stop(_))
-                if !ending.started =>
-            {
-                member.end(stopped_before_start(now));
-            }
-            (
-                Stage::Accepting | Stage::Fetching { .. } | Stage::Starting,
-                Want::Nothing | Want::Prepare | Want::Run(_) | Want::Stop(_),
-            ) => {
-                out.note(
-                    attempt,
-                    format!("cannot prepare a member: {}", ending.message),
-                );
-                member.end(ending);
-            }
-            (
-                Stage::Waiting
-                | Stage::Ready { .. }
-                | Stage::Running { .. }
-                | Stage::Stopping
-                | Stage::Uploading { .. }
-                | Stage::Ended(_)
-                | Stage::Removing { .. },
-                _,
-            ) => return,
+            member.end(stopped_before_start(now));
+        } else {
+            let message = format!("cannot prepare a member: {}", ending.message);
+            out.note(attempt, message);
+            member.end(ending);
         }
         self.advance(now, attempt, out);
     }
@@ -514,9 +535,11 @@ impl Core {
         };
         let ending = match &member.want {
             Want::Stop(_) => Some(stopped_before_start(now)),
-            Want::Nothing | Want::Prepare | Want::Run(_) if superseded => Some(older(now)),
-            Want::Nothing | Want::Prepare | Want::Run(_) if older_lives => return,
-            Want::Nothing | Want::Prepare | Want::Run(_) => {
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if superseded => {
+                Some(older(now))
+            }
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if older_lives => return,
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) => {
                 let refusal = self.holdings().check(&member.spec).err();
                 refusal.map(|text| not_started(EndCause::PrepareFailed, text, now))
             }
@@ -558,11 +581,7 @@ impl Core {
     }
 
     fn holdings(&self) -> Holdings<'_> {
-        let mut holdings = Holdings::new(&self.config.capacity, &self.config.gpus);
-        for member in self.members.values().filter(|member| member.is_live()) {
-            holdings.add(member.attempt, &member.spec);
-        }
-        holdings
+        holdings(&self.config, &self.members)
     }
 
     fn older(&self, attempt: AttemptRef) -> impl Iterator<Item = &Member> {
@@ -584,6 +603,24 @@ impl Core {
         self.newer(attempt).next().is_some()
             || self.forgotten.range(newer_range(attempt)).next().is_some()
     }
+}
+
+/// What live members hold. Bundles are not in it: how much of one's slots is in use changes with each task, and only the
+/// coordinator can tell what it has given to whom. No bundle has GPUs.
+fn holdings<'a>(config: &'a Config, members: &'a BTreeMap<AttemptRef, Member>) -> Holdings<'a> {
+    let mut holdings = Holdings::new(&config.capacity, &config.gpus);
+    for member in members.values().filter(|member| member.is_live()) {
+        holdings.add(member.attempt, &member.spec);
+    }
+    holdings
+}
+
+/// What is done once, before the ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Accept,
+    Fetch,
+    Spawn,
 }
 
 /// What may fail and is asked for again.
@@ -618,10 +655,15 @@ fn step_shim(member: &mut Member, superseded: bool, rests: bool, out: &mut Outbo
                 out.push(Effect::StopRanks(attempt, stop));
             }
         }
-        Want::Run(go) => {
-            let ready = matches!(member.stage, Stage::Ready { .. });
-            if ready && !superseded && !member.go_sent && !rests {
-                let go = go.clone();
+        Want::Start | Want::Run(_) => {
+            let Stage::Ready { port } = member.stage else {
+                return;
+            };
+            if !superseded && !member.go_sent && !rests {
+                let go = match &member.want {
+                    Want::Run(go) => go.clone(),
+                    Want::Start | Want::Nothing | Want::Prepare | Want::Stop(_) => Go::alone(port),
+                };
                 member.go_sent = true;
                 member.backoff.begin();
                 out.push(Effect::Go(attempt, go));

@@ -3,6 +3,8 @@
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{DesiredMember, Go, ObservedMember, Stop};
 
+use crate::bundle::BundleEffect;
+
 /// A request to the driver. Requests about one attempt are carried out in the order made; each but
 /// [`Effect::CancelFetch`], [`Effect::Report`] and [`Effect::Note`] is answered by an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +32,8 @@ pub enum Effect {
     Report(ObservedMember),
     /// Delete the attempt's directory. Answered with `Removed` or `RemoveFailed`.
     Remove(AttemptRef),
+    /// About a bundle.
+    Bundle(BundleEffect),
     /// For the operator's log: something unexpected that was handled.
     Note {
         /// Which attempt.

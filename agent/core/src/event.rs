@@ -5,6 +5,8 @@ use trainyard_common::ids::{AttemptRef, Digest};
 use trainyard_common::member::{DesiredMember, Ending};
 use trainyard_common::time::Timestamp;
 
+use crate::bundle::BundleEvent;
+
 /// A fact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -92,6 +94,8 @@ pub enum Event {
         /// Why, without a final period.
         error: String,
     },
+    /// About a bundle.
+    Bundle(BundleEvent),
     /// The time of [`crate::Core::next_deadline`] has come.
     TimerFired,
 }

@@ -60,7 +60,9 @@ impl<'a> Holdings<'a> {
         self.check_amounts(&spec.resources)
     }
 
-    fn check_amounts(&self, wanted: &Resources) -> Result<(), String> {
+    /// # Errors
+    /// What is not there, as a sentence without a final period.
+    pub(crate) fn check_amounts(&self, wanted: &Resources) -> Result<(), String> {
         let total = self.held.plus(wanted);
         if total.cpu_milli > self.capacity.cpu_milli {
             let [wanted, held, capacity] =

@@ -9,6 +9,7 @@
 #![deny(clippy::wildcard_enum_match_arm)]
 
 mod backoff;
+mod bundle;
 mod core;
 mod effect;
 mod event;
@@ -28,6 +29,9 @@ mod properties;
 )]
 mod tests;
 
+pub use crate::bundle::{
+    BundleEffect, BundleEvent, MAX_BUNDLES_PER_NODE, RecoveredBundle, RecoveredBundleState,
+};
 pub use crate::core::{Config, Core};
 pub use crate::effect::{Effect, Outbox};
 pub use crate::event::{Event, Fault, RecoveredMember, RecoveredState, RuntimeState, Uploaded};

@@ -21,6 +21,8 @@ pub(crate) enum Want {
     /// It did not say: the member is left alone.
     Nothing,
     Prepare,
+    /// As soon as it is ready: it is the only member.
+    Start,
     Run(Go),
     Stop(Stop),
 }
@@ -84,8 +86,8 @@ impl Member {
     pub(crate) fn new(desired: DesiredMember, stage: Stage) -> Self {
         Self {
             attempt: desired.attempt,
+            want: want(desired.phase, &desired.spec),
             spec: desired.spec,
-            want: want(desired.phase),
             stage,
             on_disk: false,
             go_sent: false,
@@ -140,12 +142,14 @@ impl Member {
 
     /// Takes what the coordinator wants now, if it goes forward.
     pub(crate) fn wish(&mut self, phase: DesiredPhase) {
-        let new = want(phase);
+        let new = want(phase, &self.spec);
         let forward = match (&self.want, &new) {
-            (Want::Stop(_), Want::Nothing | Want::Prepare | Want::Run(_))
-            | (Want::Run(_), Want::Nothing | Want::Prepare) => false,
+            (Want::Stop(_), Want::Nothing | Want::Prepare | Want::Start | Want::Run(_))
+            | (Want::Run(_), Want::Nothing | Want::Prepare | Want::Start)
+            | (Want::Start, Want::Nothing | Want::Prepare) => false,
             (Want::Nothing | Want::Prepare, _)
             | (_, Want::Stop(_))
+            | (Want::Start, Want::Start | Want::Run(_))
             | (Want::Run(_), Want::Run(_)) => true,
         };
         if forward && self.want != new {
@@ -158,7 +162,7 @@ impl Member {
     /// The coordinator's whole set does not name it.
     pub(crate) fn unwish(&mut self) {
         match self.want {
-            Want::Nothing | Want::Prepare | Want::Run(_) => self.want = Want::Nothing,
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) => self.want = Want::Nothing,
             Want::Stop(_) => {}
         }
     }
@@ -275,9 +279,11 @@ impl Stage {
     }
 }
 
-fn want(phase: DesiredPhase) -> Want {
+fn want(phase: DesiredPhase, spec: &MemberSpec) -> Want {
     match phase {
-        DesiredPhase::Prepare => Want::Prepare,
+        DesiredPhase::Start if spec.nodes == 1 => Want::Start,
+        // One of several must be told when all of them are ready, whatever else it was told.
+        DesiredPhase::Prepare | DesiredPhase::Start => Want::Prepare,
         DesiredPhase::Run(go) => Want::Run(go),
         DesiredPhase::Stop(stop) => Want::Stop(stop),
     }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::limits::MAX_MEMBERS_PER_NODE;
-use trainyard_common::member::{DesiredPhase, EndCause, Ending, ObservedPhase};
+use trainyard_common::member::{DesiredMember, DesiredPhase, EndCause, Ending, ObservedPhase};
 use trainyard_common::time::Timestamp;
 
 use crate::tests::{attempt, config, desired, ending, go, stop};
@@ -18,6 +18,8 @@ struct Checker {
     accepted: BTreeSet<AttemptRef>,
     spawned: BTreeSet<AttemptRef>,
     ready: BTreeSet<AttemptRef>,
+    /// Those that the coordinator allowed to start.
+    go_wanted: BTreeSet<AttemptRef>,
     stop_wanted: BTreeSet<AttemptRef>,
     gone: BTreeMap<AttemptRef, Ending>,
     forgettable: BTreeSet<AttemptRef>,
@@ -26,9 +28,8 @@ struct Checker {
 impl Checker {
     fn event(&mut self, event: &Event) {
         match event {
-            Event::DesiredChanged(member) if matches!(member.phase, DesiredPhase::Stop(_)) => {
-                self.stop_wanted.insert(member.attempt);
-            }
+            Event::DesiredChanged(member) => self.wish(member),
+            Event::Connected { desired } => desired.iter().for_each(|member| self.wish(member)),
             Event::RuntimeReported { attempt, state } if self.spawned.contains(attempt) => {
                 match state {
                     RuntimeState::Ready { .. } => {
@@ -44,6 +45,18 @@ impl Checker {
                 self.forgettable.insert(*attempt);
             }
             _ => {}
+        }
+    }
+
+    fn wish(&mut self, member: &DesiredMember) {
+        match member.phase {
+            DesiredPhase::Prepare => {}
+            DesiredPhase::Start | DesiredPhase::Run(_) => {
+                self.go_wanted.insert(member.attempt);
+            }
+            DesiredPhase::Stop(_) => {
+                self.stop_wanted.insert(member.attempt);
+            }
         }
     }
 
@@ -65,6 +78,10 @@ impl Checker {
                 assert!(
                     self.ready.contains(attempt),
                     "{attempt} goes before it is ready"
+                );
+                assert!(
+                    self.go_wanted.contains(attempt),
+                    "{attempt} goes without a word"
                 );
                 assert!(
                     !self.stop_wanted.contains(attempt),
@@ -99,7 +116,8 @@ impl Checker {
             Effect::Fetch(_)
             | Effect::CancelFetch(_)
             | Effect::Upload { .. }
-            | Effect::Note { .. } => {}
+            | Effect::Note { .. }
+            | Effect::Bundle(_) => {}
         }
     }
 }
@@ -110,7 +128,8 @@ fn any_attempt() -> impl Strategy<Value = AttemptRef> {
 
 fn any_phase() -> impl Strategy<Value = DesiredPhase> {
     prop_oneof![
-        4 => Just(DesiredPhase::Prepare),
+        3 => Just(DesiredPhase::Prepare),
+        3 => Just(DesiredPhase::Start),
         4 => Just(DesiredPhase::Run(go())),
         1 => Just(DesiredPhase::Stop(stop())),
     ]
@@ -306,7 +325,10 @@ impl World {
                 attempt,
                 error: error(),
             }),
-            Effect::CancelFetch(_) | Effect::Report(_) | Effect::Note { .. } => {}
+            Effect::CancelFetch(_)
+            | Effect::Report(_)
+            | Effect::Note { .. }
+            | Effect::Bundle(_) => {}
         }
     }
 
@@ -355,5 +377,6 @@ fn subject(effect: &Effect) -> AttemptRef {
         | Effect::Go(attempt, _)
         | Effect::StopRanks(attempt, _)
         | Effect::Remove(attempt) => *attempt,
+        Effect::Bundle(effect) => panic!("nothing here is about bundles: {effect:?}"),
     }
 }

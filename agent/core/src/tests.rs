@@ -281,6 +281,65 @@ fn run_before_ready_is_remembered() {
 }
 
 #[test]
+fn the_only_member_goes_when_it_is_ready() {
+    let id = "j1.0.1";
+    let mut env = Env::new();
+    env.desire(id, DesiredPhase::Start);
+    env.tell(Event::Accepted(attempt(id)));
+    env.tell(Event::FetchFinished(attempt(id)));
+    let port = 4000;
+    assert_eq!(
+        env.runtime(id, RuntimeState::Ready { port }),
+        [
+            Effect::Go(attempt(id), Go::alone(port)),
+            report(id, ObservedPhase::Ready { port })
+        ]
+    );
+    // What the coordinator says once it heard of that is no second start, and a stop is still one.
+    assert_eq!(env.desire(id, DesiredPhase::Run(go())), []);
+    assert_eq!(env.desire(id, DesiredPhase::Start), []);
+    assert_eq!(
+        env.desire(id, DesiredPhase::Stop(stop())),
+        [
+            Effect::StopRanks(attempt(id), stop()),
+            report(id, ObservedPhase::Stopping)
+        ]
+    );
+}
+
+#[test]
+fn a_start_that_a_stop_overtook_starts_nothing() {
+    let id = "j1.0.1";
+    let mut env = Env::new();
+    env.desire(id, DesiredPhase::Start);
+    env.tell(Event::Accepted(attempt(id)));
+    env.tell(Event::FetchFinished(attempt(id)));
+    env.desire(id, DesiredPhase::Stop(stop()));
+    assert_eq!(env.desire(id, DesiredPhase::Start), []);
+    assert_eq!(env.runtime(id, RuntimeState::Ready { port: 4000 }), []);
+}
+
+#[test]
+fn one_member_of_several_waits_for_the_go() {
+    let id = "j1.0.1";
+    let mut env = Env::new();
+    let mut member = desired(attempt(id), DesiredPhase::Start);
+    member.spec.nodes = 2;
+    env.tell(Event::DesiredChanged(Box::new(member)));
+    env.tell(Event::Accepted(attempt(id)));
+    env.tell(Event::FetchFinished(attempt(id)));
+    let port = 4000;
+    assert_eq!(
+        env.runtime(id, RuntimeState::Ready { port }),
+        [report(id, ObservedPhase::Ready { port })]
+    );
+    assert_eq!(
+        env.desire(id, DesiredPhase::Run(go())),
+        [Effect::Go(attempt(id), go())]
+    );
+}
+
+#[test]
 fn a_stop_before_the_start_starts_nothing() {
     let id = "j1.0.1";
     let stopped = [(
@@ -556,6 +615,32 @@ fn what_was_here_is_never_prepared_again() {
     // It is to run and is not here.
     let effects = env.desire("j2.0.1", DesiredPhase::Run(go()));
     assert!(lost(&effects), "{effects:?}");
+}
+
+#[test]
+fn late_news_of_a_step_that_is_behind_ends_nothing() {
+    let id = "j1.0.1";
+    let it = attempt(id);
+    let mut env = Env::new();
+    env.desire(id, DesiredPhase::Prepare);
+    env.tell(Event::Accepted(it));
+    env.tell(Event::FetchFinished(it));
+    let late = [
+        Event::AcceptFailed {
+            attempt: it,
+            exists: true,
+            error: "late".to_owned(),
+        },
+        Event::FetchFailed {
+            attempt: it,
+            error: "late".to_owned(),
+            fault: Fault::Infrastructure,
+        },
+    ];
+    for event in late {
+        assert_eq!(env.tell(event), []);
+    }
+    assert_eq!(env.phase(id), ObservedPhase::Preparing);
 }
 
 #[test]

@@ -31,7 +31,7 @@ impl Cgroup {
             std::fs::create_dir(&path).ok()?;
             let cgroup = Self { path };
             // A cgroup that cannot be joined is none.
-            if cgroup.entrance().is_err() {
+            if cgroup.can_be_joined().is_err() {
                 cgroup.remove();
                 return None;
             }
@@ -52,11 +52,15 @@ impl Cgroup {
         &self.path
     }
 
-    /// Writing `0` into it moves the writing process in.
-    pub(crate) fn entrance(&self) -> io::Result<File> {
+    fn can_be_joined(&self) -> io::Result<File> {
         OpenOptions::new()
             .write(true)
             .open(self.path.join("cgroup.procs"))
+    }
+
+    /// Its directory, in which children can be born.
+    pub(crate) fn directory(&self) -> io::Result<File> {
+        File::open(&self.path)
     }
 
     /// Whether any process is in it or below.

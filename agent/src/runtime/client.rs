@@ -1,13 +1,11 @@
-//! The agent's side of one shim: starts it, listens to it, tells it what is wanted, and cleans up after it when it dies
-//! without an ending. Decides nothing about what is wanted.
+//! The agent's side of one shim: listens to it, tells it what is wanted, and cleans up after it when it dies without an
+//! ending. Decides nothing about what is wanted.
 
-use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use nix::libc;
@@ -15,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{EndCause, Ending, Go, MemberSpec, RankEnd, Stop};
 use trainyard_common::state::ExitStatus;
@@ -23,7 +21,6 @@ use trainyard_common::time::Timestamp;
 
 use super::cgroup::Cgroup;
 use super::dir::{AttemptDir, NEW_PREFIX, OLD_PREFIX, SOCKET, random_hex, read_json, sync_dir};
-use super::launch::INHERITED;
 use super::remove::delete_tree;
 use super::tree::Tree;
 use super::wire::{Command, Lines, MemberFile, Settings, ShimFile, Status, line};
@@ -54,8 +51,9 @@ pub(super) struct Wanted {
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) dir: AttemptDir,
-    /// The process, if this agent started it.
+    /// The process, if this agent started it, and its first connection.
     pub(super) child: Option<Child>,
+    pub(super) first: Option<UnixStream>,
     pub(super) wanted: watch::Receiver<Wanted>,
     pub(super) clock: Clock,
     pub(super) events: mpsc::Sender<RuntimeEvent>,
@@ -65,7 +63,7 @@ impl Link {
     /// Tells all states but the last one, which it returns when the shim is gone and no process is left. Nothing if the
     /// runtime does not want it any more.
     pub(super) async fn follow(mut self) -> Option<Ending> {
-        while let Some(stream) = self.connect().await {
+        while let Some(stream) = self.next_stream().await {
             match self.converse(stream).await {
                 Heard::End => {}
                 Heard::Ending => self.await_exit().await,
@@ -82,7 +80,14 @@ impl Link {
         Some(ending)
     }
 
-    /// Connects; nothing if the shim is dead.
+    /// The connection that the shim was started with, or a new one; nothing if the shim is dead.
+    async fn next_stream(&mut self) -> Option<UnixStream> {
+        match self.first.take() {
+            Some(stream) => Some(stream),
+            None => self.connect().await,
+        }
+    }
+
     async fn connect(&mut self) -> Option<UnixStream> {
         let since = Instant::now();
         let mut pause = FIRST_PAUSE;
@@ -93,14 +98,19 @@ impl Link {
             if self.events.is_closed() || self.is_dead().await {
                 return None;
             }
-            if since.elapsed() > START_TIMEOUT
-                && let Some(child) = &mut self.child
-            {
-                tracing::warn!(attempt = %self.dir.attempt(), "a shim does not listen and is killed");
-                let _ = child.start_kill();
+            if since.elapsed() > START_TIMEOUT {
+                self.kill_deaf();
             }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Ends a shim that this agent started and that never said anything.
+    fn kill_deaf(&mut self) {
+        if let Some(child) = &mut self.child {
+            tracing::warn!(attempt = %self.dir.attempt(), "a shim does not speak and is killed");
+            let _ = child.start_kill();
         }
     }
 
@@ -119,6 +129,8 @@ impl Link {
         let mut lines = Lines::default();
         let mut buffer = vec![0; 4096];
         let mut sent = Wanted::default();
+        let deaf_at = Instant::now() + START_TIMEOUT;
+        let mut silent = true;
         loop {
             let wanted = self.wanted.borrow_and_update().clone();
             if send_news(&mut writer, &wanted, &mut sent).await.is_err() {
@@ -130,6 +142,7 @@ impl Link {
                 read = reader.read(&mut buffer) => match read {
                     Ok(0) | Err(_) => return Heard::End,
                     Ok(length) => {
+                        silent = false;
                         lines.push(&buffer[..length]);
                         match self.take_states(&mut lines).await {
                             Ok(true) => return Heard::Ending,
@@ -151,6 +164,11 @@ impl Link {
                 },
                 // Cancel-safe: takes nothing. The agent that this belonged to is no more.
                 () = self.events.closed() => return Heard::Dismissed,
+                // Cancel-safe: only waits. The connection ends with the shim.
+                () = sleep_until(deaf_at), if silent => {
+                    silent = false;
+                    self.kill_deaf();
+                }
             }
         }
     }
@@ -173,6 +191,10 @@ impl Link {
     }
 
     async fn await_exit(&mut self) {
+        if let Some(child) = &mut self.child {
+            // The kernel tells at once.
+            let _ = timeout(EXIT_TIMEOUT, child.wait()).await;
+        }
         let since = Instant::now();
         let mut pause = FIRST_PAUSE;
         while !is_unlocked(&self.dir).await {
@@ -248,7 +270,7 @@ async fn send_news(
 }
 
 /// Connects through a short path: an address holds 108 bytes, fewer than a path may have.
-async fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
+pub(super) async fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
     let held = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW)
@@ -257,7 +279,7 @@ async fn connect(dir: &AttemptDir) -> io::Result<UnixStream> {
     UnixStream::connect(path).await
 }
 
-async fn is_unlocked(dir: &AttemptDir) -> bool {
+pub(super) async fn is_unlocked(dir: &AttemptDir) -> bool {
     let dir = dir.clone();
     // A directory that is gone has no lock that anybody could hold.
     blocking(move || match dir.is_unlocked() {
@@ -265,49 +287,6 @@ async fn is_unlocked(dir: &AttemptDir) -> bool {
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     })
     .await
-}
-
-/// Starts the shim in a session of its own, with nothing of the agent's but a few variables and a log file.
-pub(super) fn start_shim(command: &[OsString], dir: &AttemptDir) -> io::Result<Child> {
-    let (program, arguments) = command
-        .split_first()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no shim program is set"))?;
-    let log = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(dir.shim_log())?;
-    let inherited = INHERITED
-        .iter()
-        .filter_map(|name| Some((*name, std::env::var_os(name)?)));
-    let mut command = tokio::process::Command::new(program);
-    command
-        .args(arguments)
-        .arg(dir.root())
-        .env_clear()
-        .envs(inherited)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .current_dir("/")
-        .kill_on_drop(false);
-    detach(&mut command);
-    command.spawn()
-}
-
-#[expect(unsafe_code, reason = "code between fork and exec")]
-fn detach(command: &mut tokio::process::Command) {
-    let blocked = super::shim::blocked_signals();
-    // SAFETY: the closure makes system calls only and allocates nothing, so it may run between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            super::process::close_others();
-            nix::unistd::setsid()?;
-            blocked.thread_block()?;
-            Ok(())
-        });
-    }
 }
 
 /// One step towards an ending: nothing while processes of the attempt still live.
@@ -331,11 +310,11 @@ fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Option<Ending>> {
     let Some(_lock) = dir.try_lock()? else {
         return Ok(None);
     };
-    let (member, settings) = read_member(dir)?;
+    let member = read_member(dir)?;
     let ending = match dir.read_shim()? {
         None => never_started(dir, now),
         Some(shim) => {
-            if !kill_all(&shim, &settings) {
+            if !kill_all(&shim, &member.settings) {
                 return Ok(None);
             }
             unknown_ending(dir, &member.spec, EndCause::SupervisorLost, now)
@@ -394,10 +373,10 @@ pub(super) fn unknown_ending(
     cause: EndCause,
     now: Timestamp,
 ) -> Ending {
-    let started = dir.go().exists();
-    let what = match cause {
-        EndCause::NodeRebooted => "the node was rebooted",
-        _ => "the shim was killed",
+    let (what, started) = match cause {
+        // A file that was not synced may be gone with the power, so its absence says nothing.
+        EndCause::NodeRebooted => ("the node was rebooted", true),
+        _ => ("the shim was killed", dir.go().exists()),
     };
     let message = if started {
         format!("{what} before the exit status was recorded")
@@ -430,15 +409,14 @@ pub(super) fn unknown_ending(
 }
 
 /// What was accepted.
-pub(super) fn read_member(dir: &AttemptDir) -> io::Result<(MemberFile, Settings)> {
+pub(super) fn read_member(dir: &AttemptDir) -> io::Result<MemberFile> {
     let missing = || io::Error::from(io::ErrorKind::NotFound);
     let member: MemberFile = read_json(&dir.member())?.ok_or_else(missing)?;
-    let settings: Settings = read_json(&dir.settings())?.ok_or_else(missing)?;
     if member.attempt != dir.attempt() {
         let message = format!("the directory holds attempt {}", member.attempt);
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
-    Ok((member, settings))
+    Ok(member)
 }
 
 /// The directories of attempts. What an interrupted accept or removal left is deleted.

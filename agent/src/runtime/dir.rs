@@ -1,5 +1,9 @@
-//! The directory of one attempt: its paths, how it comes to be in one step, and how files in it are written so that a
-//! power loss leaves the old or the new content. Knows nothing of processes.
+//! The directory of one attempt: its paths, how it comes to be in one step, and how files in it are written so that
+//! whoever reads them finds the old or the new content. Knows nothing of processes.
+//!
+//! Two things are on disk before anybody is told: that an attempt was accepted, and how it ended. What lies between them
+//! is for other processes of this machine while it runs; after a power loss every attempt without an ending counts as
+//! started (see `docs/decisions/0010-single-member-go.md`), so nothing of that has to wait for the disk.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Write};
@@ -10,9 +14,10 @@ use nix::libc;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use trainyard_common::ids::AttemptRef;
+pub(crate) use trainyard_transport::files::sync_dir;
 
 use super::ShimState;
-use super::wire::{MemberFile, Settings, ShimFile, Status};
+use super::wire::{MemberFile, ShimFile, Status};
 
 /// Largest file that is read whole: a member with the largest command and environment is about 1 MiB as JSON, twice
 /// that if all of it needs escapes.
@@ -121,10 +126,6 @@ impl AttemptDir {
         self.root.join("shim.log")
     }
 
-    pub(crate) fn settings(&self) -> PathBuf {
-        self.root.join("settings.json")
-    }
-
     pub(crate) fn shim(&self) -> PathBuf {
         self.root.join("shim.json")
     }
@@ -138,12 +139,7 @@ impl AttemptDir {
     ///
     /// # Errors
     /// `AlreadyExists` if the attempt was accepted before.
-    pub(crate) fn create(
-        attempts: &Path,
-        scratch: &str,
-        member: &MemberFile,
-        settings: &Settings,
-    ) -> io::Result<Self> {
+    pub(crate) fn create(attempts: &Path, scratch: &str, member: &MemberFile) -> io::Result<Self> {
         let dir = Self::new(attempts, member.attempt);
         if std::fs::symlink_metadata(dir.root()).is_ok() {
             return Err(io::ErrorKind::AlreadyExists.into());
@@ -153,7 +149,7 @@ impl AttemptDir {
             attempts.join(format!("{NEW_PREFIX}{scratch}")),
         );
         let made = new
-            .fill(member, settings)
+            .fill(member)
             .and_then(|()| match std::fs::rename(new.root(), dir.root()) {
                 // Only an empty directory can be replaced, and none of ours is ever empty.
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
@@ -169,9 +165,9 @@ impl AttemptDir {
         made.map(|()| dir)
     }
 
-    fn fill(&self, member: &MemberFile, settings: &Settings) -> io::Result<()> {
+    fn fill(&self, member: &MemberFile) -> io::Result<()> {
         // A mapped user must be able to pass through to the directories that are its own; it cannot list this one.
-        let mode = if settings.run_as.is_some() {
+        let mode = if member.settings.run_as.is_some() {
             0o711
         } else {
             0o700
@@ -187,17 +183,22 @@ impl AttemptDir {
         ] {
             make_dir(&sub, 0o700)?;
         }
-        write_json(&self.settings(), settings)?;
-        write_json(&self.member(), member)
+        // Its name in this directory becomes durable with it, or it is missing after a power loss: then the attempt still
+        // counts as accepted, by the directory's own name.
+        let mut file = create_json(&self.member())?;
+        file.write_all(&serde_json::to_vec(member)?)?;
+        file.sync_all()
     }
 
     pub(crate) fn read_status(&self) -> io::Result<Option<ShimState>> {
         Ok(read_json::<Status>(&self.status())?.map(|status| status.state))
     }
 
+    /// Returns when others find it, and an ending when it is on disk: exit statuses survive the machine.
     pub(crate) fn write_status(&self, state: &ShimState) -> io::Result<()> {
+        let durable = matches!(state, ShimState::Gone(_));
         let state = state.clone();
-        write_json(&self.status(), &Status { state })
+        replace_json(&self.status(), &Status { state }, durable)
     }
 
     pub(crate) fn read_shim(&self) -> io::Result<Option<ShimFile>> {
@@ -247,8 +248,12 @@ fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     std::fs::set_permissions(path, Permissions::from_mode(mode))
 }
 
-/// Replaces a file in one step, and returns when it is on disk.
+/// Replaces a file in one step.
 pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+    replace_json(path, value, false)
+}
+
+fn replace_json<T: Serialize>(path: &Path, value: &T, durable: bool) -> io::Result<()> {
     let bytes = serde_json::to_vec(value)?;
     let scratch = path.with_extension("json.new");
     let mut file = OpenOptions::new()
@@ -259,22 +264,28 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()>
         .custom_flags(libc::O_NOFOLLOW)
         .open(&scratch)?;
     file.write_all(&bytes)?;
-    file.sync_all()?;
+    if durable {
+        file.sync_all()?;
+    }
     std::fs::rename(&scratch, path)?;
-    sync_parent(path)
+    match path.parent() {
+        Some(parent) if durable => sync_dir(parent),
+        _ => Ok(()),
+    }
 }
 
-/// Makes a file that must not exist yet, and returns when it is on disk.
+/// Makes a file that must not exist yet. If writing fails half way it exists all the same.
 pub(crate) fn write_json_once<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
     let bytes = serde_json::to_vec(value)?;
-    let mut file = OpenOptions::new()
+    create_json(path)?.write_all(&bytes)
+}
+
+fn create_json(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
         .create_new(true)
         .write(true)
         .mode(0o600)
-        .open(path)?;
-    file.write_all(&bytes)?;
-    file.sync_all()?;
-    sync_parent(path)
+        .open(path)
 }
 
 /// The content of a file; nothing if it is not there.
@@ -298,18 +309,6 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T
     serde_json::from_str(&text)
         .map(Some)
         .map_err(io::Error::from)
-}
-
-/// Makes the names in a directory durable.
-pub(crate) fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
-}
-
-fn sync_parent(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(parent) => sync_dir(parent),
-        None => Ok(()),
-    }
 }
 
 /// The kernel's name for the time since the last boot.

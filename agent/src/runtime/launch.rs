@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-use trainyard_common::ids::AttemptRef;
+use trainyard_common::ids::{AttemptRef, TaskIndex};
 use trainyard_common::member::{Go, MemberSpec};
 use trainyard_common::spec::Launcher;
 
@@ -29,6 +29,8 @@ pub(crate) const INHERITED: [&str; 8] = [
 ];
 /// Search path when the agent has none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Which task of the job it is.
+const TASK_VARIABLE: &str = "YARD_TASK_INDEX";
 /// Runs torchrun's own `main`; see the module's text.
 const TORCHRUN: &str = "\
 import torch.distributed.elastic.multiprocessing.api as api
@@ -87,6 +89,11 @@ pub(crate) fn plan(context: &Context<'_>) -> Vec<RankPlan> {
             env: environment(context, rank),
         })
         .collect()
+}
+
+/// Makes a plan that of another task of the same array, in the same directory and with the same port.
+pub(crate) fn set_task(plan: &mut RankPlan, task: TaskIndex) {
+    plan.env.extend([entry(TASK_VARIABLE, task.0.to_string())]);
 }
 
 fn torchrun(spec: &MemberSpec, go: &Go) -> Vec<String> {
@@ -186,7 +193,7 @@ fn paths(context: &Context<'_>) -> Vec<(String, OsString)> {
     let mut env = vec![
         entry("YARD_JOB_ID", job.to_string()),
         entry("YARD_JOB_NAME", &context.spec.job_name),
-        entry("YARD_TASK_INDEX", task.0.to_string()),
+        entry(TASK_VARIABLE, task.0.to_string()),
         entry("YARD_ATTEMPT", attempt.0.to_string()),
         entry("YARD_NODE_ADDRS", context.go.node_addrs.join(",")),
         entry("YARD_OUTPUT_DIR", dir.outputs()),
@@ -248,7 +255,11 @@ mod tests {
         }
 
         fn plan(&self) -> Vec<RankPlan> {
-            let attempt = "j17.3.2".parse().unwrap();
+            self.plan_of("j17.3.2")
+        }
+
+        fn plan_of(&self, attempt: &str) -> Vec<RankPlan> {
+            let attempt = attempt.parse().unwrap();
             plan(&Context {
                 attempt,
                 spec: &self.spec,
@@ -310,6 +321,20 @@ YARD_TASK_INDEX=3
 YARD_TMP_DIR=/d/j17.3.2/tmp
 "
         );
+    }
+
+    #[test]
+    fn tasks_of_an_array_differ_in_their_index_alone() {
+        let case = Case::new();
+        let mut plan = case.plan_of("j17.3.1").remove(0);
+        set_task(&mut plan, TaskIndex(9));
+        let mut other = case.plan_of("j17.9.1").remove(0);
+        // Which directories they have is not the attempt's business in a bundle.
+        for plan in [&mut plan, &mut other] {
+            plan.env
+                .retain(|_, value| !value.to_str().unwrap().starts_with("/d/"));
+        }
+        assert_eq!(plan, other);
     }
 
     #[test]

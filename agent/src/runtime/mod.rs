@@ -4,7 +4,7 @@
 //! | File in the attempt directory | Written by | Means |
 //! |---|---|---|
 //! | the directory itself | agent, in one step | accepted; can happen once |
-//! | `member.json`, `settings.json` | agent, with it | what is to run |
+//! | `member.json` | agent, with it | what is to run |
 //! | `shim.lock` | locked by the shim while it lives | free: the shim is gone, whatever a process number says |
 //! | `shim.json` | shim, first of all | who it is; for cleaning up after it |
 //! | `go.json` | shim, before the first rank | ranks may have been started |
@@ -13,9 +13,11 @@
 //! An ending is never made up: without one in `status.json` the exit status of the ranks is unknown, and unknown is not
 //! success.
 
+pub mod carrier;
 mod cgroup;
 mod client;
 mod dir;
+pub(crate) mod footprint;
 mod launch;
 mod output;
 mod peers;
@@ -24,6 +26,8 @@ mod port;
 mod process;
 mod remove;
 pub mod shim;
+mod spawn;
+mod start;
 mod supervise;
 mod tree;
 mod wait;
@@ -36,16 +40,22 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use trainyard_common::ids::AttemptRef;
-use trainyard_common::member::{DesiredMember, DesiredPhase, EndCause, Ending, Go, Stop};
+use trainyard_common::member::{
+    DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, Stop,
+};
 use trainyard_common::time::Timestamp;
 
 pub use self::cgroup::usable as usable_cgroup;
 pub use self::dir::AttemptDir;
+pub use self::process::start_time;
 pub use self::shim::shim_main;
 
 use self::client::{Link, Wanted};
+use self::start::Shims;
 use self::wire::{MemberFile, Settings};
 use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{blocking, spawn};
@@ -191,6 +201,7 @@ struct Inner {
     clock: Clock,
     /// Attempts whose shim is being followed, and what was asked of it.
     links: Mutex<BTreeMap<AttemptRef, watch::Sender<Wanted>>>,
+    shims: Shims,
 }
 
 impl Runtime {
@@ -198,6 +209,7 @@ impl Runtime {
     #[must_use]
     pub fn new(config: RuntimeConfig, events: mpsc::Sender<RuntimeEvent>) -> Self {
         let inner = Inner {
+            shims: Shims::new(config.shim_command.clone()),
             config,
             events,
             clock: Clock::start(),
@@ -220,12 +232,9 @@ impl Runtime {
     /// The attempt was accepted before, or the disk refuses.
     pub async fn accept(&self, member: &DesiredMember) -> Result<AttemptDir, RuntimeError> {
         let attempt = member.attempt;
-        let file = MemberFile {
-            attempt,
-            spec: member.spec.clone(),
-        };
+        let spec = member.spec.clone();
         let config = self.inner.config.clone();
-        blocking(move || create(&config, &file))
+        blocking(move || create(&config, attempt, spec))
             .await
             .map_err(|source| match source.kind() {
                 io::ErrorKind::AlreadyExists => RuntimeError::AlreadyAccepted(attempt),
@@ -242,15 +251,21 @@ impl Runtime {
         if self.links().contains_key(&attempt) {
             return Ok(());
         }
-        if matches!(self.read_status(&dir).await?, Some(ShimState::Gone(_))) {
+        let looked = {
+            let dir = dir.clone();
+            blocking(move || Ok((dir.read_status()?, dir.is_unlocked()?))).await
+        };
+        let (status, unlocked) =
+            looked.map_err(|source| RuntimeError::Record { attempt, source })?;
+        if matches!(status, Some(ShimState::Gone(_))) {
             return Err(RuntimeError::Ended(attempt));
         }
-        let mut child = None;
-        if self.is_unlocked(&dir).await? {
-            let started = client::start_shim(&self.inner.config.shim_command, &dir);
-            child = Some(started.map_err(|source| RuntimeError::SpawnShim { attempt, source })?);
+        let mut started = None;
+        if unlocked {
+            let shim = self.inner.shims.start(&dir);
+            started = Some(shim.map_err(|source| RuntimeError::SpawnShim { attempt, source })?);
         }
-        self.follow(dir, child);
+        self.follow(dir, started);
         Ok(())
     }
 
@@ -391,7 +406,7 @@ impl Runtime {
     }
 
     /// Follows the attempt's shim until it is gone.
-    fn follow(&self, dir: AttemptDir, child: Option<tokio::process::Child>) {
+    fn follow(&self, dir: AttemptDir, started: Option<(Child, UnixStream)>) {
         let attempt = dir.attempt();
         let (link, wanted) = watch::channel(Wanted::default());
         if self.links().insert(attempt, link).is_some() {
@@ -399,11 +414,13 @@ impl Runtime {
             tracing::warn!(attempt = %attempt, "an attempt was followed twice");
         }
         let runtime = self.clone();
+        let (child, first) = started.unzip();
         spawn("member", async move {
             let clock = runtime.inner.clock;
             let link = Link {
                 dir,
                 child,
+                first,
                 wanted,
                 clock,
                 events: runtime.inner.events.clone(),
@@ -457,13 +474,13 @@ impl Runtime {
     async fn recover_one(&self, dir: AttemptDir, boot_id: &str) -> Result<Recovered, RuntimeError> {
         let attempt = dir.attempt();
         let record = |source| RuntimeError::Record { attempt, source };
-        let (file, settings) = {
+        let file = {
             let dir = dir.clone();
             blocking(move || client::read_member(&dir))
                 .await
                 .map_err(record)?
         };
-        let state = self.recover_state(dir, &file, &settings, boot_id).await?;
+        let state = self.recover_state(dir, &file, boot_id).await?;
         let member = DesiredMember {
             attempt,
             phase: DesiredPhase::Prepare,
@@ -476,7 +493,6 @@ impl Runtime {
         &self,
         dir: AttemptDir,
         file: &MemberFile,
-        settings: &Settings,
         boot_id: &str,
     ) -> Result<ShimState, RuntimeError> {
         // A status that cannot be read says nothing, and nothing is never an ending.
@@ -496,7 +512,7 @@ impl Runtime {
         {
             return Ok(status.unwrap_or(ShimState::Accepted));
         }
-        if settings.boot_id != boot_id {
+        if file.settings.boot_id != boot_id {
             let state = ShimState::Gone(client::unknown_ending(
                 &dir,
                 &file.spec,
@@ -524,7 +540,7 @@ impl Runtime {
     }
 }
 
-fn create(config: &RuntimeConfig, member: &MemberFile) -> io::Result<AttemptDir> {
+fn create(config: &RuntimeConfig, attempt: AttemptRef, spec: MemberSpec) -> io::Result<AttemptDir> {
     use std::os::unix::fs::DirBuilderExt;
     let settings = Settings {
         boot_id: dir::boot_id()?,
@@ -542,7 +558,12 @@ fn create(config: &RuntimeConfig, member: &MemberFile) -> io::Result<AttemptDir>
         .mode(mode)
         .create(&config.attempts_dir)?;
     let scratch = dir::random_hex(8)?;
-    AttemptDir::create(&config.attempts_dir, &scratch, member, &settings)
+    let member = MemberFile {
+        attempt,
+        spec,
+        settings,
+    };
+    AttemptDir::create(&config.attempts_dir, &scratch, &member)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ impl LogFile for File {
 
 /// One rank's log: whole records only, whatever the disk does.
 #[derive(Debug)]
-struct RankLog<F> {
+pub(super) struct RankLog<F> {
     file: F,
     limit: u64,
     /// Bytes of whole records on disk.
@@ -65,7 +65,7 @@ struct RankLog<F> {
 }
 
 impl<F: LogFile> RankLog<F> {
-    fn new(file: F, limit: u64) -> Self {
+    pub(super) fn new(file: F, limit: u64) -> Self {
         Self {
             file,
             limit,
@@ -80,7 +80,7 @@ impl<F: LogFile> RankLog<F> {
         }
     }
 
-    fn append(&mut self, kind: LogKind, at: Timestamp, data: &[u8]) {
+    pub(super) fn append(&mut self, kind: LogKind, at: Timestamp, data: &[u8]) {
         for data in data.chunks(MAX_LOG_RECORD) {
             let size = (HEADER_BYTES + data.len()) as u64;
             if !self.full && self.offset + self.batch.len() as u64 + size > self.limit {
@@ -100,10 +100,29 @@ impl<F: LogFile> RankLog<F> {
         }
     }
 
+    /// Bytes that wait to be written.
+    pub(super) fn waiting(&self) -> usize {
+        self.batch.len()
+    }
+
+    /// Bytes of whole records on disk.
+    pub(super) fn written(&self) -> u64 {
+        self.offset
+    }
+
     /// Counts output that is not kept.
     fn lose(&mut self, bytes: u64, cause: &str) {
         self.dropped += bytes;
         cause.clone_into(&mut self.cause);
+    }
+
+    /// Counts output that came faster than it could be written.
+    pub(super) fn overflow(&mut self, bytes: u64) {
+        if self.full {
+            self.dropped += bytes;
+        } else {
+            self.lose(bytes, "log disk too slow");
+        }
     }
 
     /// Puts a marker for what was dropped before the next record.
@@ -122,7 +141,7 @@ impl<F: LogFile> RankLog<F> {
         self.batch_output += std::mem::take(&mut self.dropped);
     }
 
-    fn flush(&mut self, at: Timestamp) {
+    pub(super) fn flush(&mut self, at: Timestamp) {
         if self.batch.is_empty() {
             return;
         }
@@ -148,7 +167,7 @@ impl<F: LogFile> RankLog<F> {
     }
 
     /// Writes what can be written, and the last marker.
-    fn finish(&mut self, at: Timestamp) {
+    pub(super) fn finish(&mut self, at: Timestamp) {
         self.flush(at);
         self.mark(at);
         self.flush(at);
@@ -175,7 +194,8 @@ struct Piece {
 /// The way to the thread that writes.
 #[derive(Debug)]
 pub(crate) struct Output {
-    queue: SyncSender<Piece>,
+    /// Bounded by what is counted in `shared`. A queue of fixed length would take its half MiB from the beginning.
+    queue: Sender<Piece>,
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
@@ -183,8 +203,17 @@ pub(crate) struct Output {
 #[derive(Debug)]
 struct Shared {
     queued_bytes: AtomicUsize,
+    queued_pieces: AtomicUsize,
     /// Bytes per log that did not fit into the queue and have no marker yet.
     overflow: Vec<AtomicU64>,
+}
+
+impl Shared {
+    /// A piece of so many bytes is not in the queue any more.
+    fn taken(&self, bytes: usize) {
+        self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.queued_pieces.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Output {
@@ -207,9 +236,10 @@ impl Output {
     }
 
     fn start_with<F: LogFile>(files: Vec<F>, limit: u64) -> io::Result<Self> {
-        let (queue, pieces) = sync_channel(QUEUE_PIECES);
+        let (queue, pieces) = channel();
         let shared = Arc::new(Shared {
             queued_bytes: AtomicUsize::new(0),
+            queued_pieces: AtomicUsize::new(0),
             overflow: files.iter().map(|_| AtomicU64::new(0)).collect(),
         });
         let logs = files
@@ -229,22 +259,23 @@ impl Output {
 
     /// Hands over output of the log with this place in the list. Never waits.
     pub(crate) fn write(&self, log: usize, kind: LogKind, at: Timestamp, data: &[u8]) {
-        let queued = &self.shared.queued_bytes;
-        let fits = queued.load(Ordering::Relaxed) + data.len() <= QUEUE_BYTES;
+        // One thread adds, so what is seen here can only become less.
+        let (bytes, pieces) = (&self.shared.queued_bytes, &self.shared.queued_pieces);
+        let fits = bytes.load(Ordering::Relaxed) + data.len() <= QUEUE_BYTES
+            && pieces.load(Ordering::Relaxed) < QUEUE_PIECES;
         if fits {
-            queued.fetch_add(data.len(), Ordering::Relaxed);
+            bytes.fetch_add(data.len(), Ordering::Relaxed);
+            pieces.fetch_add(1, Ordering::Relaxed);
             let piece = Piece {
                 log,
                 kind,
                 at,
                 data: data.to_vec(),
             };
-            match self.queue.try_send(piece) {
-                Ok(()) => return,
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    queued.fetch_sub(data.len(), Ordering::Relaxed);
-                }
+            if self.queue.send(piece).is_ok() {
+                return;
             }
+            self.shared.taken(data.len());
         }
         if let Some(overflow) = self.shared.overflow.get(log) {
             overflow.fetch_add(data.len() as u64, Ordering::Relaxed);
@@ -265,9 +296,7 @@ fn write_all<F: LogFile>(mut logs: Vec<RankLog<F>>, pieces: &Receiver<Piece>, sh
         let mut next = Some(first);
         while let Some(piece) = next {
             last = piece.at;
-            shared
-                .queued_bytes
-                .fetch_sub(piece.data.len(), Ordering::Relaxed);
+            shared.taken(piece.data.len());
             take_overflow(&mut logs, shared, piece.log);
             if let Some(log) = logs.get_mut(piece.log) {
                 log.append(piece.kind, piece.at, &piece.data);
@@ -288,11 +317,7 @@ fn take_overflow<F: LogFile>(logs: &mut [RankLog<F>], shared: &Shared, index: us
     if let (Some(log), Some(overflow)) = (logs.get_mut(index), shared.overflow.get(index)) {
         let bytes = overflow.swap(0, Ordering::Relaxed);
         if bytes > 0 {
-            if log.full {
-                log.dropped += bytes;
-            } else {
-                log.lose(bytes, "log disk too slow");
-            }
+            log.overflow(bytes);
         }
     }
 }

@@ -5,10 +5,12 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use serde::de::DeserializeOwned;
+
 use super::ShimState;
 use super::shim::note;
 use super::wait::Ready;
-use super::wire::{Command, Lines, Status, line};
+use super::wire::{Lines, Status, line};
 
 /// The agent, a successor that came before its predecessor was quite gone, and an operator's look. Beyond that the
 /// oldest is dropped, so that strangers of the same user cannot lock the agent out.
@@ -37,13 +39,19 @@ struct Peer {
 }
 
 impl Peers {
-    pub(crate) fn new(listener: UnixListener) -> io::Result<Self> {
+    /// `first` is the connection that the agent gave along, if it did.
+    pub(crate) fn new(listener: UnixListener, first: Option<UnixStream>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self {
+        let mut peers = Self {
             listener,
             peers: Vec::new(),
             state: Vec::new(),
-        })
+        };
+        if let Some(stream) = first {
+            stream.set_nonblocking(true)?;
+            peers.add(stream);
+        }
+        Ok(peers)
     }
 
     pub(crate) fn listener(&self) -> BorrowedFd<'_> {
@@ -61,9 +69,14 @@ impl Peers {
     pub(crate) fn set(&mut self, state: &ShimState) {
         let state = state.clone();
         match line(&Status { state }) {
-            Ok(line) => self.state = line,
-            Err(error) => return note(&format!("a state could not be put into words: {error}")),
+            Ok(line) => self.set_line(line),
+            Err(error) => note(&format!("a state could not be put into words: {error}")),
         }
+    }
+
+    /// Tells everybody a line, which must have its end.
+    pub(crate) fn set_line(&mut self, line: Vec<u8>) {
+        self.state = line;
         for peer in &mut self.peers {
             peer.stale = true;
         }
@@ -79,7 +92,7 @@ impl Peers {
     }
 
     /// Takes new connections and commands.
-    pub(crate) fn serve(&mut self, ready: &Ready) -> Vec<Command> {
+    pub(crate) fn serve<T: DeserializeOwned>(&mut self, ready: &Ready) -> Vec<T> {
         let mut commands = Vec::new();
         for index in &ready.peers {
             if let Some(peer) = self.peers.get_mut(*index) {
@@ -104,14 +117,18 @@ impl Peers {
             if self.peers.len() == MAX_PEERS {
                 self.peers.remove(0);
             }
-            self.peers.push(Peer {
-                stream,
-                lines: Lines::default(),
-                out: Vec::new(),
-                stale: !self.state.is_empty(),
-                closed: false,
-            });
+            self.add(stream);
         }
+    }
+
+    fn add(&mut self, stream: UnixStream) {
+        self.peers.push(Peer {
+            stream,
+            lines: Lines::default(),
+            out: Vec::new(),
+            stale: !self.state.is_empty(),
+            closed: false,
+        });
     }
 }
 
@@ -133,7 +150,7 @@ impl Peer {
         }
     }
 
-    fn receive(&mut self, commands: &mut Vec<Command>) {
+    fn receive<T: DeserializeOwned>(&mut self, commands: &mut Vec<T>) {
         let mut buffer = [0; 4096];
         for _ in 0..READS_PER_TURN {
             match self.stream.read(&mut buffer) {

@@ -66,6 +66,11 @@ impl HeldPort {
         self.socket = None;
     }
 
+    /// Makes sure that it can still be bound after somebody had it, and nobody has it now. It stays released.
+    pub(crate) fn is_usable(&self) -> bool {
+        bind_wildcard(self.port).is_ok()
+    }
+
     fn try_take(port: u16) -> io::Result<Option<Self>> {
         let (socket, port) = match bind_wildcard(port) {
             Ok(bound) => bound,

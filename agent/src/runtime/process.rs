@@ -1,25 +1,15 @@
-//! Single processes: what `/proc` says about one, signals that cannot hit a later process of the same number, reaping,
-//! and how a rank is started. All of the agent's `unsafe` for processes is here and in [`super::client`]'s start of
+//! Single processes: what `/proc` says about one, signals that cannot hit a later process of the same number, and
+//! reaping. All of the agent's `unsafe` for processes is here, in [`super::spawn`] and in [`super::client`]'s start of
 //! the shim.
 
-use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 pub(crate) use nix::sys::signal::Signal;
-use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Pid, getpid, getppid, setpgid};
-
-use super::launch::RankPlan;
-
-/// What `execve` never fails with: a step before it failed for a cause that lies in this machine.
-const SETUP_FAILED: Errno = Errno::ENOTRECOVERABLE;
-/// Linux's signals are 1 to 64.
-const LAST_SIGNAL: i32 = 64;
+use nix::unistd::Pid;
 
 /// A process as `/proc/PID/stat` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +95,15 @@ impl Process {
     }
 }
 
+/// When a process started, in clock ticks since the machine's boot: with its number, this names it for good. Nothing if
+/// it has ended, also if its exit status is still to be taken.
+#[must_use]
+pub fn start_time(pid: i32) -> Option<u64> {
+    Process::find(pid)
+        .filter(|process| !process.is_zombie)
+        .map(|process| process.start_time)
+}
+
 /// The name of this process's pid namespace.
 pub(crate) fn pid_namespace() -> String {
     std::fs::read_link("/proc/self/ns/pid")
@@ -171,176 +170,6 @@ pub(crate) fn reap() -> Reaped {
     }
 }
 
-/// The user that ranks run as, looked up before the fork.
-#[derive(Debug, Clone)]
-pub(crate) struct Identity {
-    pub(crate) uid: libc::uid_t,
-    pub(crate) gid: libc::gid_t,
-    pub(crate) groups: Vec<libc::gid_t>,
-}
-
-/// What all ranks of a member have in common.
-#[derive(Debug)]
-pub(crate) struct Setup {
-    pub(crate) work: std::path::PathBuf,
-    pub(crate) cgroup: Option<std::fs::File>,
-    pub(crate) identity: Option<Identity>,
-}
-
-/// Why a rank could not be started.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SpawnError {
-    /// The job's own fault.
-    #[error("cannot execute {program:?}: {error}")]
-    CannotExecute { program: String, error: Text },
-    /// The machine's fault.
-    #[error("the node could not start a process: {0}")]
-    Machine(Text),
-}
-
-/// An error's text without the number that the standard library appends.
-#[derive(Debug)]
-pub(crate) struct Text(io::Error);
-
-impl std::fmt::Display for Text {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0.raw_os_error() {
-            Some(code) => f.write_str(Errno::from_raw(code).desc()),
-            None => self.0.fmt(f),
-        }
-    }
-}
-
-/// Starts one rank. Must be called from a thread that lives as long as the shim: the rank is killed when it ends.
-pub(crate) fn spawn(plan: &RankPlan, setup: &Setup) -> Result<Child, SpawnError> {
-    let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
-        let error = Text(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "no program is named",
-        ));
-        SpawnError::CannotExecute {
-            program: String::new(),
-            error,
-        }
-    })?;
-    if let Err(error) = std::fs::metadata(&setup.work) {
-        return Err(SpawnError::Machine(Text(error)));
-    }
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env_clear()
-        .envs(&plan.env)
-        .current_dir(&setup.work)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    prepare(&mut command, setup);
-    command.spawn().map_err(|error| {
-        let machine = [
-            SETUP_FAILED,
-            Errno::EAGAIN,
-            Errno::ENOMEM,
-            Errno::EMFILE,
-            Errno::ENFILE,
-        ]
-        .iter()
-        .any(|errno| error.raw_os_error() == Some(*errno as i32));
-        if machine {
-            SpawnError::Machine(Text(error))
-        } else {
-            SpawnError::CannotExecute {
-                program: program.clone(),
-                error: Text(searched(program, plan, error)),
-            }
-        }
-    })
-}
-
-/// A search through a directory that may not be entered ends in "permission denied" although nothing was found.
-fn searched(program: &str, plan: &RankPlan, error: io::Error) -> io::Error {
-    let missing = error.kind() == io::ErrorKind::PermissionDenied
-        && !program.contains('/')
-        && plan.env.get("PATH").is_some_and(|path| {
-            !std::env::split_paths(path).any(|dir| dir.join(program).symlink_metadata().is_ok())
-        });
-    if missing { Errno::ENOENT.into() } else { error }
-}
-
-#[expect(unsafe_code, reason = "code between fork and exec")]
-fn prepare(command: &mut Command, setup: &Setup) {
-    let cgroup = setup.cgroup.as_ref().map(AsRawFd::as_raw_fd);
-    let identity = setup.identity.clone();
-    let shim = getpid();
-    // SAFETY: the closure makes system calls only and allocates nothing (its captures were made above), so it may run
-    // between fork and exec. The cgroup's descriptor is open until after the spawn, as `setup` is borrowed longer.
-    unsafe {
-        command.pre_exec(move || {
-            become_rank(cgroup, identity.as_ref(), shim).map_err(|_| SETUP_FAILED.into())
-        });
-    }
-}
-
-/// Runs in the child: makes it an ordinary process with nothing of the shim's, before it becomes the rank's program.
-fn become_rank(cgroup: Option<RawFd>, identity: Option<&Identity>, shim: Pid) -> Result<(), Errno> {
-    setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
-    if let Some(cgroup) = cgroup {
-        // Failing here is not fatal: the shim then finds it as its descendant.
-        enter(cgroup);
-    }
-    umask(Mode::from_bits_truncate(0o022));
-    // No core files with secrets in them unless the program raises the limit itself.
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_CORE) {
-        let _ = setrlimit(Resource::RLIMIT_CORE, 0, hard);
-    }
-    default_signals();
-    close_others();
-    if let Some(identity) = identity {
-        drop_to(identity)?;
-    }
-    // After the change of user, which clears it.
-    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-    if getppid() != shim {
-        return Err(Errno::ESRCH);
-    }
-    Ok(())
-}
-
-#[expect(
-    unsafe_code,
-    reason = "the library's wrappers do not take raw descriptors"
-)]
-fn enter(cgroup: RawFd) {
-    // SAFETY: the descriptor is open (see `prepare`) and the buffer holds one byte.
-    let _ = unsafe { libc::write(cgroup, b"0".as_ptr().cast(), 1) };
-}
-
-/// No signal is blocked or ignored in a program that did not ask for it.
-#[expect(
-    unsafe_code,
-    reason = "the C library hides two signals, which may be ignored all the same"
-)]
-fn default_signals() {
-    /// As long as the kernel's `struct sigaction` on any architecture; zeros mean the default action.
-    const DEFAULT: [u64; 8] = [0; 8];
-    /// Bytes of the kernel's set of signals.
-    const SET_BYTES: usize = 8;
-    for signal in 1..=LAST_SIGNAL {
-        let old: *mut u64 = std::ptr::null_mut();
-        // SAFETY: the kernel reads at most the constant, writes nothing, and refuses the signals that cannot be set.
-        unsafe {
-            libc::syscall(
-                libc::SYS_rt_sigaction,
-                signal,
-                DEFAULT.as_ptr(),
-                old,
-                SET_BYTES,
-            );
-        }
-    }
-    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
-}
-
 /// Marks everything but standard input, output and error to be closed at exec. Rust's own descriptors are marked
 /// already; on kernels before 5.11, which lack the call, that has to do.
 #[expect(
@@ -359,29 +188,10 @@ pub(crate) fn close_others() {
     }
 }
 
-/// Becomes another user for good.
-#[expect(
-    unsafe_code,
-    reason = "the library's wrapper for groups allocates on some systems"
-)]
-fn drop_to(identity: &Identity) -> Result<(), Errno> {
-    // SAFETY: the pointer and the length are those of one live vector.
-    let result = unsafe { libc::setgroups(identity.groups.len(), identity.groups.as_ptr()) };
-    Errno::result(result)?;
-    nix::unistd::setresgid(
-        identity.gid.into(),
-        identity.gid.into(),
-        identity.gid.into(),
-    )?;
-    nix::unistd::setresuid(
-        identity.uid.into(),
-        identity.uid.into(),
-        identity.uid.into(),
-    )
-}
-
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]

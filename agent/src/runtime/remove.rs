@@ -134,7 +134,7 @@ pub(crate) fn hand_over(dir: &AttemptDir, user: &RunAs) -> io::Result<()> {
     Ok(())
 }
 
-fn give(root: &Path, user: &RunAs) -> io::Result<()> {
+pub(super) fn give(root: &Path, user: &RunAs) -> io::Result<()> {
     let mut dirs = vec![root.to_owned()];
     let mut next = 0;
     while next < dirs.len() {

@@ -4,28 +4,36 @@
 //! Must run on the main thread of a process of its own, before that process starts other threads: signals are blocked
 //! for all later threads, and the ranks are tied to the life of the thread that starts them.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use nix::libc;
 use nix::poll::{PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage};
 use nix::sys::stat::{Mode, umask};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{EndCause, Ending};
 
 use trainyard_transport::clock::Clock;
 
+use super::carrier::{carry, is_bundle};
 use super::cgroup::Cgroup;
 use super::dir::{AttemptDir, SOCKET, read_json, write_json};
 use super::port::HeldPort;
-use super::process::{Identity, Process, close_others, pid_namespace};
+use super::process::{Process, close_others, pid_namespace};
+use super::spawn::Identity;
+use super::start::{SPARE, open_log};
 use super::supervise::{Parts, Supervisor};
-use super::wire::{MemberFile, Settings, ShimFile};
+use super::wire::{MemberFile, ShimFile};
 use super::{RunAs, ShimState};
 
 /// Bytes set aside on disk, given up when the last state cannot be written for want of space: what a status file takes,
@@ -43,7 +51,7 @@ const EXIT_NOT_MINE: u8 = 3;
 const EXIT_FAILED: u8 = 1;
 
 /// The whole program: supervises the member whose attempt directory this is and returns when all of its processes are
-/// gone and that is recorded.
+/// gone and that is recorded. For `-` the directory is told through standard input, once there is a member.
 #[must_use]
 pub fn shim_main(dir: &Path) -> ExitCode {
     supervise(dir, true)
@@ -51,6 +59,20 @@ pub fn shim_main(dir: &Path) -> ExitCode {
 
 /// The same, and without a cgroup if tests ask for what machines without one get.
 pub(super) fn supervise(dir: &Path, cgroup: bool) -> ExitCode {
+    if dir == Path::new(SPARE) {
+        return match await_directory() {
+            Ok(Some(dir)) => supervise(&dir, cgroup),
+            // The agent ended.
+            Ok(None) => ExitCode::SUCCESS,
+            Err(error) => {
+                note(&format!("cannot begin: {error}"));
+                ExitCode::from(EXIT_FAILED)
+            }
+        };
+    }
+    if is_bundle(dir) {
+        return carry(dir);
+    }
     match start(dir, cgroup) {
         Ok(Some(supervisor)) => match supervisor.run() {
             Ok(()) => ExitCode::SUCCESS,
@@ -68,6 +90,36 @@ pub(super) fn supervise(dir: &Path, cgroup: bool) -> ExitCode {
     }
 }
 
+/// Waits to be told a directory, whose log is this process's from then on. Nothing if the agent leaves before.
+fn await_directory() -> io::Result<Option<PathBuf>> {
+    let _ = nix::unistd::setsid();
+    close_others();
+    // Byte by byte: what follows is for whoever takes the connection then.
+    let mut connection = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut path = Vec::new();
+    loop {
+        let mut byte = [0];
+        match connection.read(&mut byte)? {
+            0 => return Ok(None),
+            _ if byte == [0] => break,
+            _ if path.len() < libc::PATH_MAX as usize => path.extend(byte),
+            _ => return Err(io::Error::other("the directory's path is too long")),
+        }
+    }
+    let path = PathBuf::from(OsString::from_vec(path));
+    let log = open_log(&AttemptDir::at(attempt_of(&path)?, path.clone()))?;
+    nix::unistd::dup2_stdout(&log)?;
+    nix::unistd::dup2_stderr(&log)?;
+    Ok(Some(path))
+}
+
+fn attempt_of(root: &Path) -> io::Result<AttemptRef> {
+    root.file_name()
+        .and_then(|name| name.to_str())
+        .and_then(|name| name.parse().ok())
+        .ok_or_else(|| io::Error::other("the directory is not named like an attempt"))
+}
+
 /// Says something to the operator. Standard error is the shim's log file; if it cannot be written, so be it.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
@@ -79,13 +131,9 @@ fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
     let _ = nix::unistd::setsid();
     umask(Mode::from_bits_truncate(0o077));
     close_others();
+    let agent = take_connection()?;
     let root = path.canonicalize()?;
-    let attempt: AttemptRef = root
-        .file_name()
-        .and_then(|name| name.to_str())
-        .and_then(|name| name.parse().ok())
-        .ok_or_else(|| io::Error::other("the directory is not named like an attempt"))?;
-    let dir = AttemptDir::at(attempt, root);
+    let dir = AttemptDir::at(attempt_of(&root)?, root);
     if !lock_for_good(&dir)? {
         note("another shim has this attempt");
         return Ok(None);
@@ -94,7 +142,7 @@ fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
         note("this attempt was started before");
         return Ok(None);
     }
-    match prepare(&dir, cgroup) {
+    match prepare(&dir, cgroup, agent) {
         Ok(supervisor) => Ok(Some(supervisor)),
         Err(error) => {
             let ending = Ending {
@@ -113,8 +161,21 @@ fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
     }
 }
 
+/// The connection that the agent gave as standard input, if it did. What is standard input afterwards says nothing.
+pub(super) fn take_connection() -> io::Result<Option<UnixStream>> {
+    let input = io::stdin();
+    let family = nix::sys::socket::getsockname::<SockaddrStorage>(input.as_fd().as_raw_fd());
+    let is_ours = family.is_ok_and(|address| address.family() == Some(AddressFamily::Unix));
+    let stream = match is_ours {
+        true => Some(UnixStream::from(input.as_fd().try_clone_to_owned()?)),
+        false => None,
+    };
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(stream)
+}
+
 /// Takes the lock until this process ends, however it does. An agent that only looks has it for a moment.
-fn lock_for_good(dir: &AttemptDir) -> io::Result<bool> {
+pub(super) fn lock_for_good(dir: &AttemptDir) -> io::Result<bool> {
     for _ in 0..LOCK_TRIES {
         if let Some(lock) = dir.try_lock()? {
             std::mem::forget(lock);
@@ -125,14 +186,13 @@ fn lock_for_good(dir: &AttemptDir) -> io::Result<bool> {
     Ok(false)
 }
 
-fn prepare(dir: &AttemptDir, cgroup: bool) -> io::Result<Supervisor> {
-    let member: MemberFile = require(&dir.member())?;
-    let settings: Settings = require(&dir.settings())?;
+fn prepare(dir: &AttemptDir, cgroup: bool, agent: Option<UnixStream>) -> io::Result<Supervisor> {
+    let MemberFile { spec, settings, .. } = require(&dir.member())?;
     let signals = block_signals()?;
     nix::sys::prctl::set_child_subreaper(true)?;
     let cgroup = cgroup.then(|| Cgroup::create(dir.attempt())).flatten();
     write_json(&dir.shim(), &identify(cgroup.as_ref()))?;
-    set_aside(dir, member.spec.procs_per_node)?;
+    set_aside(dir, spec.procs_per_node)?;
     let identity = settings.run_as.as_ref().map(look_up);
     // The socket's address holds 108 bytes, fewer than a path may have.
     std::env::set_current_dir(dir.root())?;
@@ -140,24 +200,25 @@ fn prepare(dir: &AttemptDir, cgroup: bool) -> io::Result<Supervisor> {
     let listener = UnixListener::bind(SOCKET)?;
     Supervisor::new(Parts {
         dir: dir.clone(),
-        spec: member.spec,
+        spec,
         settings,
         port: HeldPort::take()?,
         cgroup,
         listener,
+        agent,
         signals,
         identity,
     })
 }
 
-fn require<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
+pub(super) fn require<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
     read_json(path)?.ok_or_else(|| {
         let name = path.display();
         io::Error::new(io::ErrorKind::NotFound, format!("{name} is missing"))
     })
 }
 
-fn identify(cgroup: Option<&Cgroup>) -> ShimFile {
+pub(super) fn identify(cgroup: Option<&Cgroup>) -> ShimFile {
     let pid = nix::unistd::getpid().as_raw();
     ShimFile {
         pid,
@@ -199,7 +260,7 @@ pub(super) fn blocked_signals() -> SigSet {
     blocked
 }
 
-fn set_aside(dir: &AttemptDir, ranks: u32) -> io::Result<()> {
+pub(super) fn set_aside(dir: &AttemptDir, ranks: u32) -> io::Result<()> {
     let bytes = RESERVE_BYTES + RESERVE_BYTES_PER_RANK * ranks as usize;
     // Written, not only allocated: some file systems promise space and break it. No need to sync.
     let mut file = OpenOptions::new()
@@ -212,7 +273,7 @@ fn set_aside(dir: &AttemptDir, ranks: u32) -> io::Result<()> {
 }
 
 /// The user's groups (GPU devices are often a group's), or its own one if they cannot be found out.
-fn look_up(user: &RunAs) -> Identity {
+pub(super) fn look_up(user: &RunAs) -> Identity {
     let groups = std::ffi::CString::new(user.name.as_str())
         .ok()
         .and_then(|name| nix::unistd::getgrouplist(&name, user.gid.into()).ok())

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use nix::sys::signal::Signal as SignalName;
@@ -22,13 +22,15 @@ use trainyard_transport::clock::Clock;
 use super::ShimState;
 use super::cgroup::{Cgroup, OomCounter};
 use super::dir::{AttemptDir, write_json_once};
+use super::footprint;
 use super::launch::{self, Context};
 use super::output::Output;
 use super::peers::Peers;
 use super::pipes::{Pipe, READ_BYTES};
 use super::port::HeldPort;
-use super::process::{self, Identity, Reaped, Setup, SpawnError};
+use super::process::{self, Reaped};
 use super::shim::note;
+use super::spawn::{self, Identity, Setup, SpawnError, Started};
 use super::tree::Tree;
 use super::wait::{Ready, Timer, wait};
 use super::wire::{Command, Settings};
@@ -44,6 +46,8 @@ const MAX_ROUND_GAP: Duration = Duration::from_secs(1);
 const UNKILLABLE_AFTER: Duration = Duration::from_secs(10);
 /// How often a state that could not be written (a full disk) is written again.
 const STATUS_RETRY: Duration = Duration::from_secs(1);
+/// Ranks that run for so long keep their shim waiting; before that it is not worth the while.
+const SHRINK_AFTER: Duration = Duration::from_secs(1);
 /// Whole buffers read from one pipe before the others get their turn.
 const READS_PER_TURN: usize = 8;
 
@@ -56,6 +60,8 @@ pub(crate) struct Parts {
     pub(crate) port: HeldPort,
     pub(crate) cgroup: Option<Cgroup>,
     pub(crate) listener: UnixListener,
+    /// The connection that the agent gave along.
+    pub(crate) agent: Option<UnixStream>,
     pub(crate) signals: SignalFd,
     pub(crate) identity: Option<Identity>,
 }
@@ -84,6 +90,8 @@ pub(crate) struct Supervisor {
     state: ShimState,
     unwritten: bool,
     write_again: BootTime,
+    /// When memory that the start needed is given back.
+    shrink_at: Option<BootTime>,
     buffer: Vec<u8>,
 }
 
@@ -136,7 +144,7 @@ impl Supervisor {
     pub(crate) fn new(parts: Parts) -> io::Result<Self> {
         let port = parts.port.port();
         Ok(Self {
-            peers: Peers::new(parts.listener)?,
+            peers: Peers::new(parts.listener, parts.agent)?,
             timer: Timer::new()?,
             dir: parts.dir,
             spec: parts.spec,
@@ -156,6 +164,7 @@ impl Supervisor {
             state: ShimState::Ready { port },
             unwritten: true,
             write_again: BootTime::now(),
+            shrink_at: None,
             buffer: vec![0; READ_BYTES],
         })
     }
@@ -185,6 +194,7 @@ impl Supervisor {
         self.pipes.retain(|pipe| pipe.is_open());
         if ready.timer {
             self.timer.clear();
+            self.shrink();
         }
         if ready.signals {
             self.take_signals();
@@ -313,7 +323,7 @@ impl Supervisor {
         }
         let setup = Setup {
             work: self.dir.work(),
-            cgroup: self.cgroup.as_ref().and_then(|own| own.entrance().ok()),
+            cgroup: self.cgroup.as_ref().and_then(|own| own.directory().ok()),
             identity: self.identity.clone(),
         };
         self.oom = Some(OomCounter::start(self.cgroup.as_ref()));
@@ -330,6 +340,7 @@ impl Supervisor {
             }
         }
         self.set_state(ShimState::Running { started_at });
+        self.shrink_at = Some(BootTime::now().after(SHRINK_AFTER));
     }
 
     /// Records the start, which can happen once only, and gives the directories to the job's user.
@@ -348,21 +359,21 @@ impl Supervisor {
     }
 
     fn start_rank(&mut self, plan: &launch::RankPlan, setup: &Setup) -> Result<(), SpawnError> {
-        let mut child = process::spawn(plan, setup)?;
+        let Started {
+            pid,
+            stdout,
+            stderr,
+        } = spawn::spawn(plan, setup)?;
         self.started = true;
         self.childless = false;
         let log = self.ranks.len();
         self.ranks.push(Rank {
             rank: plan.rank,
-            pid: i32::try_from(child.id()).ok(),
+            pid: Some(pid),
             end: None,
         });
-        let stdout = child.stdout.take().map(Into::into);
-        let stderr = child.stderr.take().map(Into::into);
         for (fd, kind) in [(stdout, LogKind::Stdout), (stderr, LogKind::Stderr)] {
-            if let Some(fd) = fd {
-                self.pipes.push(Pipe::new(fd, log, kind));
-            }
+            self.pipes.push(Pipe::new(fd, log, kind));
         }
         Ok(())
     }
@@ -567,6 +578,13 @@ impl Supervisor {
         self.set_state(ShimState::Gone(ending));
     }
 
+    fn shrink(&mut self) {
+        if self.shrink_at.is_some_and(|at| at <= BootTime::now()) {
+            self.shrink_at = None;
+            footprint::give_back_program();
+        }
+    }
+
     // === what goes out ===
 
     fn set_state(&mut self, state: ShimState) {
@@ -612,12 +630,12 @@ impl Supervisor {
             Phase::Stopping(stopping) => Some(stopping.deadline(self.childless)),
         };
         let write = self.unwritten.then_some(self.write_again);
-        phase.into_iter().chain(write).min()
+        phase.into_iter().chain(write).chain(self.shrink_at).min()
     }
 }
 
 /// How a status as the kernel tells it looks in our terms.
-fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
+pub(super) fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
     use std::os::unix::process::ExitStatusExt;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
@@ -628,7 +646,7 @@ fn exit_status(status: std::process::ExitStatus) -> ExitStatus {
     }
 }
 
-fn failure(end: &RankEnd) -> String {
+pub(super) fn failure(end: &RankEnd) -> String {
     let rank = end.rank;
     if end.oom_killed {
         return format!("rank {rank} was killed by the kernel for want of memory");
@@ -651,7 +669,7 @@ pub(super) fn stop_message(stop: &Stop) -> String {
     }
 }
 
-fn environment() -> BTreeMap<String, std::ffi::OsString> {
+pub(super) fn environment() -> BTreeMap<String, std::ffi::OsString> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
         .collect()

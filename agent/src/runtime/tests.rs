@@ -22,11 +22,12 @@ use trainyard_common::spec::Launcher;
 use trainyard_common::state::{ExitStatus, ReasonCode};
 
 use super::process::{Process, Signal};
+use super::start::SPARE;
 use super::wire::ShimFile;
 use super::*;
 
 /// Far more than anything here takes on a busy machine; reached only when something hangs.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// Makes the shim do without a cgroup. It is an option of the test program that changes nothing otherwise.
 const NO_CGROUP: &str = "no-cgroup";
 
@@ -38,14 +39,19 @@ fn shim_entry() {
         .iter()
         .any(|argument| argument == "runtime::tests::shim_entry");
     let dir = Path::new(arguments.last().unwrap());
-    if is_shim && dir.join("member.json").exists() {
+    if is_shim
+        && (dir == Path::new(SPARE)
+            || ["member.json", "bundle.json"]
+                .iter()
+                .any(|file| dir.join(file).exists()))
+    {
         let cgroup = !arguments.iter().any(|argument| argument == NO_CGROUP);
         let _ = shim::supervise(dir, cgroup);
         std::process::exit(0);
     }
 }
 
-fn shim_command(cgroup: bool) -> Vec<OsString> {
+pub(super) fn shim_command(cgroup: bool) -> Vec<OsString> {
     let mut command: Vec<OsString> = vec![std::env::current_exe().unwrap().into()];
     command.extend(
         [
@@ -89,7 +95,7 @@ pub(super) fn spec(command: &[&str]) -> MemberSpec {
     }
 }
 
-fn sh(script: &str) -> MemberSpec {
+pub(super) fn sh(script: &str) -> MemberSpec {
     spec(&["/bin/sh", "-c", script])
 }
 
@@ -228,8 +234,8 @@ impl World {
 
     /// Everything that carries the attempt's mark.
     fn survivors(&self, attempt: AttemptRef) -> Vec<Process> {
-        let (_, settings) = client::read_member(&self.runtime.dir(attempt)).unwrap();
-        let entry = format!("{}={}", tree::KEY_VARIABLE, settings.key);
+        let member = client::read_member(&self.runtime.dir(attempt)).unwrap();
+        let entry = format!("{}={}", tree::KEY_VARIABLE, member.settings.key);
         let mut all = Process::all();
         all.retain(|process| !process.is_zombie && process.environment_has(entry.as_bytes()));
         all
@@ -245,7 +251,7 @@ fn go(port: u16) -> Go {
 }
 
 /// Waits for a condition that no event announces.
-async fn until(condition: impl Fn() -> bool) {
+pub(super) async fn until(condition: impl Fn() -> bool) {
     let wait = async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(2)).await;

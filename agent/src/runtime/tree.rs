@@ -31,21 +31,7 @@ pub(crate) struct Tree<'a> {
 impl Tree<'_> {
     /// Asks everything to end: SIGTERM, and SIGCONT so that what is stopped can hear it.
     pub(crate) fn terminate(&self) {
-        let mut told = BTreeSet::new();
-        for _ in 0..PASSES {
-            let fresh: Vec<Process> = self
-                .living()
-                .into_iter()
-                .filter(|process| told.insert((process.pid, process.start_time)))
-                .collect();
-            if fresh.is_empty() {
-                return;
-            }
-            for process in fresh {
-                process.signal(Signal::SIGTERM);
-                process.signal(Signal::SIGCONT);
-            }
-        }
+        terminate(|| self.living());
     }
 
     /// One round of killing. What forks faster than the list is read is stopped first; the caller repeats the round
@@ -54,22 +40,7 @@ impl Tree<'_> {
         if let Some(cgroup) = self.cgroup {
             cgroup.kill();
         }
-        let mut seen: BTreeMap<(i32, u64), Process> = BTreeMap::new();
-        for _ in 0..PASSES {
-            let before = seen.len();
-            for process in self.living() {
-                let name = (process.pid, process.start_time);
-                if seen.insert(name, process).is_none() {
-                    process.signal(Signal::SIGSTOP);
-                }
-            }
-            if seen.len() == before {
-                break;
-            }
-        }
-        for process in seen.values() {
-            process.signal(Signal::SIGKILL);
-        }
+        kill(|| self.living());
     }
 
     /// Everything that belongs to the attempt and has not ended.
@@ -106,8 +77,46 @@ impl Tree<'_> {
     }
 }
 
+/// Asks everything that `living` finds to end: SIGTERM, and SIGCONT so that what is stopped can hear it.
+pub(crate) fn terminate(living: impl Fn() -> Vec<Process>) {
+    let mut told = BTreeSet::new();
+    for _ in 0..PASSES {
+        let fresh: Vec<Process> = living()
+            .into_iter()
+            .filter(|process| told.insert((process.pid, process.start_time)))
+            .collect();
+        if fresh.is_empty() {
+            return;
+        }
+        for process in fresh {
+            process.signal(Signal::SIGTERM);
+            process.signal(Signal::SIGCONT);
+        }
+    }
+}
+
+/// One round of killing what `living` finds; see [`Tree::kill`].
+pub(crate) fn kill(living: impl Fn() -> Vec<Process>) {
+    let mut seen: BTreeMap<(i32, u64), Process> = BTreeMap::new();
+    for _ in 0..PASSES {
+        let before = seen.len();
+        for process in living() {
+            let name = (process.pid, process.start_time);
+            if seen.insert(name, process).is_none() {
+                process.signal(Signal::SIGSTOP);
+            }
+        }
+        if seen.len() == before {
+            break;
+        }
+    }
+    for process in seen.values() {
+        process.signal(Signal::SIGKILL);
+    }
+}
+
 /// `roots` and everything below them.
-fn descendants(all: &[Process], mut found: BTreeSet<i32>) -> Vec<Process> {
+pub(super) fn descendants(all: &[Process], mut found: BTreeSet<i32>) -> Vec<Process> {
     let mut children: BTreeMap<i32, Vec<i32>> = BTreeMap::new();
     for process in all {
         children

@@ -19,9 +19,10 @@ pub(crate) const MAX_LINE: usize = 1 << 20;
 pub(crate) struct MemberFile {
     pub(crate) attempt: AttemptRef,
     pub(crate) spec: MemberSpec,
+    pub(crate) settings: Settings,
 }
 
-/// `settings.json`: what the shim must know and the coordinator did not say.
+/// What the shim must know and the coordinator did not say.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Settings {
     /// The kernel's boot id when the member was accepted.

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use trainyard_common::bundle::{DesiredBundle, ObservedBundle};
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{AttemptRef, ClusterId, Digest, NodeId, TokenId};
 use trainyard_common::logrecord::LogRecord;
@@ -22,7 +23,7 @@ use trainyard_common::resources::Resources;
 use trainyard_common::spec::Launcher;
 use trainyard_common::state::ReasonCode;
 use trainyard_common::time::{Timestamp, millis};
-use trainyard_proto::convert::pages::{Assembler, desired_pages};
+use trainyard_proto::convert::pages::{Assembler, desired_pages, pages};
 use trainyard_proto::status::to_status;
 use trainyard_proto::v1::agent_message::Message as Theirs;
 use trainyard_proto::v1::agent_service_server::{AgentService, AgentServiceServer};
@@ -79,6 +80,7 @@ pub(super) struct Peer {
     pub(super) term: u64,
     pub(super) hello: v1::Hello,
     pub(super) observed: Vec<ObservedMember>,
+    pub(super) observed_bundles: Vec<ObservedBundle>,
 }
 
 #[tonic::async_trait]
@@ -97,6 +99,7 @@ impl AgentService for Head {
             term: 1,
             hello: v1::Hello::default(),
             observed: Vec::new(),
+            observed_bundles: Vec::new(),
         };
         let _ = self.sessions.send(peer).await;
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -317,6 +320,16 @@ impl Peer {
             };
             if let Some(members) = observed.push(page).unwrap() {
                 self.observed = members;
+                break;
+            }
+        }
+        let mut observed = Assembler::<ObservedBundle>::new();
+        loop {
+            let Theirs::ObservedBundlePage(page) = self.next().await else {
+                panic!("pages of bundles follow those of members");
+            };
+            if let Some(bundles) = observed.push(page).unwrap() {
+                self.observed_bundles = bundles;
                 return self;
             }
         }
@@ -324,6 +337,16 @@ impl Peer {
 
     /// Answers it.
     pub(super) async fn welcome(&self, heartbeat: Duration, desired: &[DesiredMember]) {
+        self.welcome_with(heartbeat, desired, &[]).await;
+    }
+
+    /// Answers it, wanting bundles too.
+    pub(super) async fn welcome_with(
+        &self,
+        heartbeat: Duration,
+        desired: &[DesiredMember],
+        bundles: &[DesiredBundle],
+    ) {
         self.say(Ours::Welcome(v1::Welcome {
             protocol_version: PROTOCOL_VERSION,
             capabilities: Vec::new(),
@@ -335,6 +358,9 @@ impl Peer {
         .await;
         for page in desired_pages(desired) {
             self.say(Ours::DesiredPage(page)).await;
+        }
+        for page in pages(bundles) {
+            self.say(Ours::DesiredBundlePage(page)).await;
         }
     }
 
@@ -366,6 +392,20 @@ impl Peer {
         loop {
             match self.next().await {
                 Theirs::Observed(member) => return member.try_into().unwrap(),
+                Theirs::Heartbeat(v1::Heartbeat { sequence }) => {
+                    self.say(Ours::HeartbeatAck(v1::HeartbeatAck { sequence }))
+                        .await;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The next report about a bundle; heartbeats are answered meanwhile.
+    pub(super) async fn bundle_report(&mut self) -> ObservedBundle {
+        loop {
+            match self.next().await {
+                Theirs::ObservedBundle(bundle) => return bundle.try_into().unwrap(),
                 Theirs::Heartbeat(v1::Heartbeat { sequence }) => {
                     self.say(Ours::HeartbeatAck(v1::HeartbeatAck { sequence }))
                         .await;

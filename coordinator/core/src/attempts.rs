@@ -105,8 +105,9 @@ impl Core {
         }
     }
 
-    /// A member's ranks run.
+    /// A member's ranks run. The only member of a gang may say so without ever having said that it was ready.
     pub(crate) fn member_runs(&mut self, now: Timestamp, id: AttemptRef, since: Timestamp) {
+        self.drop_prepare_timer(id);
         let Some(attempt) = self.t.attempt_mut(id) else {
             return;
         };
@@ -303,6 +304,17 @@ impl Core {
         let Some(attempt) = self.t.attempts.get(&id) else {
             return;
         };
+        if self.t.is_carried(id) {
+            // Its bundle says what is given up.
+            let ended = attempt
+                .members
+                .iter()
+                .all(|m| m.phase == MemberPhase::Ended);
+            if ended && attempt.outcome.is_some() && attempt.state != AttemptState::Ended {
+                self.close(now, id, AttemptState::Ended);
+            }
+            return;
+        }
         if attempt.outcome.is_none() {
             return self.settle_undecided(now, id);
         }
@@ -369,7 +381,7 @@ impl Core {
     }
 
     /// Gives an attempt and its task another reason in the same state.
-    fn explain_attempt(&mut self, now: Timestamp, id: AttemptRef, reason: Reason) {
+    pub(crate) fn explain_attempt(&mut self, now: Timestamp, id: AttemptRef, reason: Reason) {
         if let Some(attempt) = self.t.attempt_mut(id) {
             attempt.reason = reason.clone();
         }
@@ -424,7 +436,7 @@ impl Core {
     }
 
     /// Whether the node counts as not heard of: its silence was noticed and is on record.
-    fn is_silent(&self, node: NodeId) -> bool {
+    pub(crate) fn is_silent(&self, node: NodeId) -> bool {
         self.t
             .nodes
             .get(&node)
@@ -435,20 +447,26 @@ impl Core {
     }
 
     /// Closes an attempt, `ENDED` or `LOST`, and lets its task go on.
-    fn close(&mut self, now: Timestamp, id: AttemptRef, state: AttemptState) {
+    pub(crate) fn close(&mut self, now: Timestamp, id: AttemptRef, state: AttemptState) {
         let Some(attempt) = self.t.attempt_mut(id) else {
             return;
         };
         let first_time = !attempt.state.is_over();
         attempt.state = state;
-        attempt.ended_at.get_or_insert(now);
-        if state == AttemptState::Ended {
+        let ended_at = ended_at(attempt, now);
+        attempt.ended_at.get_or_insert(ended_at);
+        let carried = self.t.is_carried(id);
+        let Some(attempt) = self.t.attempts.get(&id) else {
+            return;
+        };
+        if state == AttemptState::Ended && !carried {
             let nodes: Vec<NodeId> = attempt.members.iter().map(|member| member.node).collect();
             for node in nodes {
                 self.send(node, Command::Forget(id));
             }
         }
-        self.wants_schedule = true;
+        // What a task in a bundle held is free only when the bundle has fewer tasks than slots.
+        self.wants_schedule |= !carried;
         if first_time {
             self.attempt_over(now, id);
         }
@@ -456,6 +474,9 @@ impl Core {
 
     /// Tells a member's agent what is desired of it, if the agent is in session. Otherwise it hears when it comes back.
     pub(crate) fn tell(&mut self, id: AttemptRef, rank: usize) {
+        if self.t.is_carried(id) {
+            return; // The agent has its bundle, and never a member of it.
+        }
         let Some(attempt) = self.t.attempts.get(&id) else {
             return;
         };
@@ -467,6 +488,20 @@ impl Core {
             self.send(node, Command::Desire(Box::new(desired)));
         }
     }
+}
+
+/// When the last rank of an attempt was gone, as the agents told it; now, if not every member told of its ranks.
+fn ended_at(attempt: &AttemptRecord, now: Timestamp) -> Timestamp {
+    let ends = attempt.members.iter().map(|member| {
+        let ends = member.ranks.iter().map(|end| end.at);
+        ends.max()
+    });
+    let last = ends
+        .collect::<Option<Vec<_>>>()
+        .and_then(|ends| ends.into_iter().max());
+    // The agent's clock may be wrong; it cannot have ended before it started nor after we heard of it.
+    let first = attempt.started_at.unwrap_or(attempt.placed_at);
+    last.unwrap_or(now).max(first).min(now)
 }
 
 /// Finds the rank that failed first by itself, and says how.

@@ -54,6 +54,10 @@ pub(crate) const MAX_REMEMBERED_REQUESTS: usize = 1_000_000;
 /// Tasks placed in one round, so that one transaction and one pause stay short; the round asks for another one.
 pub(crate) const MAX_PLACEMENTS_PER_ROUND: usize = 1000;
 
+/// Bundles of one node; tasks beyond are placed one by one. An agent takes 256 and may still be cleaning some of them away
+/// that are no more here.
+pub(crate) const MAX_BUNDLES_PER_NODE: usize = 192;
+
 /// Jobs behind a blocked head that are told in one round that they wait. Those further back keep the reason they have.
 pub(crate) const BEHIND_TOLD: usize = 1000;
 

@@ -1,8 +1,9 @@
 //! Requests that the coordinator core makes, as plain data in the imperative. The driver carries them out in the one
 //! order that keeps every promise: persist and sync all records first, and only then speak.
 
+use trainyard_common::bundle::DesiredBundle;
 use trainyard_common::error::Refusal;
-use trainyard_common::ids::{AttemptRef, JobId, NodeId};
+use trainyard_common::ids::{AttemptRef, BundleRef, JobId, NodeId};
 use trainyard_common::member::DesiredMember;
 use trainyard_common::record::{JobRecord, NodeRecord, Record, TokenRecord, UserRecord};
 use trainyard_common::state::Reason;
@@ -42,13 +43,21 @@ pub enum Urgency {
 pub enum Command {
     /// The session is accepted: here is the complete desired set.
     Welcome {
-        /// Everything that is desired of the node.
+        /// Every member that is desired of the node.
         desired: Vec<DesiredMember>,
+        /// Every bundle likewise.
+        bundles: Vec<DesiredBundle>,
     },
     /// One member is desired, or desired differently.
     Desire(Box<DesiredMember>),
     /// A member that ended is on record: it can be cleaned away.
     Forget(AttemptRef),
+    /// One bundle is desired, or desired differently.
+    DesireBundle(Box<DesiredBundle>),
+    /// A bundle that ended is on record: it can be cleaned away.
+    ForgetBundle(BundleRef),
+    /// What the agent says does not follow on what it said before: it must open a new session.
+    Resync(String),
 }
 
 /// The answer to a request that was carried out.

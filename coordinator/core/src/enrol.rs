@@ -35,17 +35,18 @@ impl Core {
     ) -> Result<Answer, Refusal> {
         if !(1..=limits::MAX_TOKEN_USES).contains(&wish.uses) {
             let message = format!(
-                "{} uses is outside 1 to {}",
+                "{} uses is outside 1 to {}; choose within that",
                 wish.uses,
                 limits::MAX_TOKEN_USES
             );
             return Err(invalid("uses", message));
         }
-        if wish.ttl.is_zero() || wish.ttl > limits::MAX_TOKEN_TTL {
-            let most = format_duration(limits::MAX_TOKEN_TTL);
+        if !(limits::MIN_TOKEN_TTL..=limits::MAX_TOKEN_TTL).contains(&wish.ttl) {
             let message = format!(
-                "a life of {} is not between 0 and {most}",
-                format_duration(wish.ttl)
+                "a life of {} is outside {} to {}; choose within that",
+                format_duration(wish.ttl),
+                format_duration(limits::MIN_TOKEN_TTL),
+                format_duration(limits::MAX_TOKEN_TTL)
             );
             return Err(invalid("ttl", message));
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use trainyard_common::bundle::ObservedBundle;
 use trainyard_common::ids::{Digest, Incarnation, JobId, NodeId, RequestId, TokenId, UserName};
 use trainyard_common::inventory::Inventory;
 use trainyard_common::member::ObservedMember;
@@ -147,6 +148,15 @@ pub enum Event {
         /// What it saw.
         member: ObservedMember,
     },
+    /// An agent reported what became of tasks in a bundle, or that the bundle moved on.
+    BundleObserved {
+        /// In which session.
+        session: SessionId,
+        /// On which node.
+        node: NodeId,
+        /// What it saw.
+        bundle: ObservedBundle,
+    },
     /// An agent showed that it lives.
     HeartbeatReceived {
         /// In which session.
@@ -174,6 +184,9 @@ pub struct Registration {
     pub node: NodeId,
     /// The agent's start counter.
     pub incarnation: Incarnation,
+    /// Counts the sessions that this agent process tried to open, from 1; 0 if it does not say. A lower one than that of
+    /// the last session comes too late.
+    pub opening: u64,
     /// The kernel's boot id.
     pub boot_id: String,
     /// The agent's version.
@@ -184,4 +197,6 @@ pub struct Registration {
     pub inventory: Inventory,
     /// Every member that it has, whole. A desired member that is missing here was never accepted, or its agent lost it.
     pub observed: Vec<ObservedMember>,
+    /// Every bundle that it has, whole. Reports that are missing here come in the session.
+    pub bundles: Vec<ObservedBundle>,
 }

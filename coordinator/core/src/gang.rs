@@ -5,13 +5,10 @@ use std::net::IpAddr;
 use std::ops::Range;
 
 use trainyard_common::ids::{UserName, WorkspaceName};
-use trainyard_common::member::{DesiredMember, DesiredPhase, Go, MemberSpec, Stop};
+use trainyard_common::member::{DesiredMember, DesiredPhase, Go, MemberSpec, OWN_ADDRESS, Stop};
 use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, NodeRecord};
 use trainyard_common::spec::{JobSpec, Launcher};
 use trainyard_common::state::{AttemptState, MemberPhase, Outcome, ReasonCode};
-
-/// Address of the only member of a gang: it need not leave its machine.
-pub(crate) const OWN_ADDRESS: &str = "127.0.0.1";
 
 /// Whether an address only reaches the machine that it is used on.
 pub(crate) fn is_loopback(address: &str) -> bool {
@@ -116,8 +113,11 @@ pub(crate) fn desired(
         code: stop_code(attempt),
         grace,
     });
+    let alone = attempt.members.len() == 1;
     let phase = match (job, attempt.ready_at.and_then(|_| go(attempt))) {
         (Some(_), Some(go)) if undecided || uploads => DesiredPhase::Run(go),
+        // Nobody to wait for, so it was allowed to start from the beginning.
+        (Some(_), None) if alone && (undecided || uploads) => DesiredPhase::Start,
         (Some(_), None) if undecided => DesiredPhase::Prepare,
         (Some(_) | None, Some(_) | None) => stop,
     };

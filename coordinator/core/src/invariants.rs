@@ -3,15 +3,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use trainyard_common::ids::{JobId, NodeId, UserName};
-use trainyard_common::record::{AttemptRecord, JobRecord};
+use trainyard_common::ids::{AttemptRef, BundleRef, JobId, NodeId, TaskIndex, UserName};
+use trainyard_common::record::{AttemptRecord, BundleRecord, BundleState, JobRecord};
 use trainyard_common::state::{AttemptState, JobState, MemberPhase, Outcome};
 
 use crate::Core;
 use crate::gang;
 use crate::sessions::was_seen;
-use crate::tables::{ActiveCounts, Usage, fresh_tasks, is_released};
-use crate::timers::{is_lost, is_unreachable};
+use crate::tables::{
+    ActiveCounts, Bundled, Usage, attempt_in_bundle, fresh_tasks, is_released, width,
+};
+use crate::timers::{is_lost, is_unreachable, prepares};
 
 pub(crate) fn check(core: &Core) -> Result<(), Vec<String>> {
     let mut wrong = Vec::new();
@@ -22,6 +24,7 @@ pub(crate) fn check(core: &Core) -> Result<(), Vec<String>> {
     for attempt in core.t.attempts.values() {
         check_attempt(core, attempt, &mut wrong);
     }
+    check_bundles(core, &mut wrong);
     check_usage(core, &mut wrong);
     check_users(core, &mut wrong);
     check_nodes(core, &mut wrong);
@@ -51,6 +54,17 @@ fn check_job(core: &Core, job: &JobRecord, wrong: &mut Vec<String>) {
         total == job.spec.task_count(),
         "its counts are not all of its tasks",
     );
+    let mut bundled = Bundled::default();
+    core.t.bundles_of(id).for_each(|bundle| bundled.add(bundle));
+    let alive = |attempt: &&AttemptRef| {
+        let attempt = core.t.attempts.get(attempt);
+        attempt.is_some_and(|attempt| !attempt.state.is_over())
+    };
+    let with_rows = core.t.carried.iter().filter(|carried| carried.job == id);
+    let with_rows = with_rows.filter(alive).count();
+    let without_rows = bundled
+        .tasks
+        .saturating_sub(u32::try_from(with_rows).unwrap_or(u32::MAX));
     let (mut waiting, mut active) = (0, ActiveCounts::default());
     for task in core.t.tasks_of(id) {
         match task.state {
@@ -70,11 +84,13 @@ fn check_job(core: &Core, job: &JobRecord, wrong: &mut Vec<String>) {
         "its waiting tasks are miscounted",
     );
     expect(
-        counts.active == active.preparing + active.running + active.stopping,
+        counts.active == active.preparing + active.running + active.stopping + without_rows,
         "its active tasks are miscounted",
     );
     let indexed = core.t.active.get(&id).copied().unwrap_or_default();
     expect(indexed == active, "its index of active tasks is wrong");
+    let indexed = core.t.bundled.get(&id).copied().unwrap_or_default();
+    expect(indexed == bundled, "its index of bundles is wrong");
     expect(
         core.t.pending.contains(&id) == (counts.pending > 0),
         "its place in the queue is wrong",
@@ -95,7 +111,11 @@ fn check_job(core: &Core, job: &JobRecord, wrong: &mut Vec<String>) {
         .array
         .and_then(|array| array.max_running)
         .unwrap_or(u32::MAX);
-    expect(counts.active <= most, "more of it runs than it allows");
+    let single = counts.active.saturating_sub(bundled.tasks);
+    expect(
+        single + bundled.width <= most,
+        "more of it runs than it allows",
+    );
     let pending = job.state == JobState::Pending;
     expect(
         pending == (counts.active == 0),
@@ -233,10 +253,111 @@ fn check_attempt(core: &Core, attempt: &AttemptRecord, wrong: &mut Vec<String>) 
     }
 }
 
+fn check_bundles(core: &Core, wrong: &mut Vec<String>) {
+    let mut by_node: BTreeMap<NodeId, BTreeSet<BundleRef>> = BTreeMap::new();
+    let mut carried = BTreeSet::new();
+    let mut held: BTreeMap<JobId, BTreeSet<TaskIndex>> = BTreeMap::new();
+    for bundle in core.t.bundles.values() {
+        by_node.entry(bundle.node).or_default().insert(bundle.id);
+        let held = held.entry(bundle.id.job).or_default();
+        check_tasks_of_bundle(core, bundle, held, &mut carried, wrong);
+        check_bundle(core, bundle, wrong);
+    }
+    if carried != core.t.carried {
+        wrong.push("the index of attempts in bundles is wrong".to_owned());
+    }
+    if by_node != core.t.bundles_by_node {
+        wrong.push("the index of bundles by node is wrong".to_owned());
+    }
+    let unknown = |id: &&BundleRef| !core.t.bundles.contains_key(id);
+    for id in core.live.paces.keys().filter(unknown) {
+        wrong.push(format!("{id}: it is over and its pace is kept"));
+    }
+    let armed = core.live.armed_bundles.iter();
+    let armed: BTreeSet<_> = armed.map(|(id, at)| (*at, *id)).collect();
+    if armed != core.live.bundle_timers {
+        wrong.push("the timers of bundles do not agree".to_owned());
+    }
+}
+
+fn check_tasks_of_bundle(
+    core: &Core,
+    bundle: &BundleRecord,
+    held: &mut BTreeSet<TaskIndex>,
+    carried: &mut BTreeSet<AttemptRef>,
+    wrong: &mut Vec<String>,
+) {
+    let lost = bundle.state == BundleState::Lost;
+    for task in bundle.tasks.tasks() {
+        let id = attempt_in_bundle(bundle.id.job, task);
+        let mut expect = |holds: bool, what: &str| {
+            if !holds {
+                wrong.push(format!("{} of {}: {what}", task, bundle.id));
+            }
+        };
+        let attempt = core.t.attempts.get(&id);
+        expect(held.insert(task), "it is in another bundle, too");
+        let given_up = attempt.is_some_and(|row| row.state == AttemptState::Lost);
+        expect(given_up == lost, "it is lost and its bundle is not");
+        if attempt.is_some() {
+            carried.insert(id);
+        } else {
+            let row = core.t.tasks.contains_key(&(id.job, task));
+            expect(!row, "it has a row and no attempt");
+        }
+    }
+}
+
+fn check_bundle(core: &Core, bundle: &BundleRecord, wrong: &mut Vec<String>) {
+    let id = bundle.id;
+    let mut expect = |holds: bool, what: &str| {
+        if !holds {
+            wrong.push(format!("{id}: {what}"));
+        }
+    };
+    let lost = bundle.state == BundleState::Lost;
+    let there = core.t.nodes.contains_key(&bundle.node);
+    expect(there, "its node is not there");
+    expect(bundle.slots > 0, "it has no slots");
+    let armed = core.live.armed_bundles.contains_key(&id);
+    expect(
+        armed || bundle.state != BundleState::Placed,
+        "nobody looks whether it is prepared",
+    );
+    let may_wait = matches!(bundle.state, BundleState::Placed | BundleState::Closing);
+    expect(!armed || may_wait, "it has a timer and needs none");
+    let Some(job) = core.t.jobs.get(&id.job) else {
+        expect(
+            lost || bundle.tasks.is_empty(),
+            "its job is over and tasks are in it",
+        );
+        return;
+    };
+    expect(id.bundle <= job.bundles, "its number is still to be given");
+    let last = bundle.tasks.ranges().last();
+    expect(
+        last.is_none_or(|range| range.last < job.next_fresh),
+        "a task of it counts as fresh",
+    );
+    let stopped = lost || bundle.state == BundleState::Stopping;
+    expect(
+        job.cancel.is_none() || stopped,
+        "it goes on and its job is cancelled",
+    );
+}
+
 fn check_usage(core: &Core, wrong: &mut Vec<String>) {
     let mut usage: BTreeMap<NodeId, Usage> = BTreeMap::new();
     let mut on_node: BTreeMap<NodeId, BTreeSet<_>> = BTreeMap::new();
+    for bundle in core.t.bundles.values() {
+        if width(bundle) > 0 {
+            usage.entry(bundle.node).or_default().add_bundle(bundle);
+        }
+    }
     for attempt in core.t.attempts.values() {
+        if core.t.is_carried(attempt.id) {
+            continue;
+        }
         for member in &attempt.members {
             if member.phase != MemberPhase::Ended {
                 on_node.entry(member.node).or_default().insert(attempt.id);
@@ -295,6 +416,7 @@ fn check_users(core: &Core, wrong: &mut Vec<String>) {
         .iter()
         .filter(unknown)
         .chain(core.t.active.keys().filter(unknown))
+        .chain(core.t.bundled.keys().filter(unknown))
     {
         wrong.push(format!("{id}: it is indexed and not there"));
     }
@@ -354,10 +476,16 @@ fn check_timers(core: &Core, wrong: &mut Vec<String>) {
         .t
         .attempts
         .values()
-        .filter(|attempt| attempt.outcome.is_none() && attempt.ready_at.is_none())
+        .filter(|attempt| prepares(attempt) && !core.t.is_carried(attempt.id))
         .map(|attempt| attempt.id)
         .collect();
-    if prepare != waiting || prepare.len() != core.live.prepare_timers.len() {
+    let armed: BTreeSet<_> = core
+        .live
+        .prepare_armed
+        .iter()
+        .map(|(id, at)| (*at, *id))
+        .collect();
+    if prepare != waiting || armed != core.live.prepare_timers {
         wrong.push("the timers of attempts that prepare do not agree".to_owned());
     }
     let retries: BTreeSet<_> = core
@@ -375,6 +503,11 @@ fn check_timers(core: &Core, wrong: &mut Vec<String>) {
         .keys()
         .chain(core.live.avoid.keys())
         .chain(core.live.floors.keys());
+    for job in &core.live.unbundled {
+        if !core.t.jobs.contains_key(job) {
+            wrong.push(format!("{job}: it is over and a hint about it is kept"));
+        }
+    }
     for key in hints.filter(|key| !core.t.jobs.contains_key(&key.0)) {
         wrong.push(format!("{}: it is over and a hint about it is kept", key.0));
     }

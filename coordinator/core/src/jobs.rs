@@ -67,6 +67,7 @@ impl Core {
                 ..TaskCounts::default()
             },
             next_fresh: TaskIndex(first),
+            bundles: 0,
             submitted_at: now,
             started_at: None,
             ended_at: None,
@@ -177,6 +178,7 @@ impl Core {
             };
             self.decide(now, attempt, decision);
         }
+        self.stop_bundles_of(now, id, &reason);
         self.derive_job(now, id);
         self.wants_schedule = true;
     }

@@ -6,7 +6,9 @@
 
 #![deny(clippy::wildcard_enum_match_arm)]
 
+mod ahead;
 mod attempts;
+mod bundles;
 mod config;
 pub mod effect;
 mod enrol;
@@ -17,6 +19,7 @@ mod jobs;
 mod live;
 mod nodes;
 mod outbox;
+mod reports;
 mod scheduler;
 mod sessions;
 mod snapshot;
@@ -28,10 +31,12 @@ mod testing;
 mod tests;
 mod timers;
 
+use std::time::Duration;
+
 use trainyard_common::error::Refusal;
-use trainyard_common::ids::{AttemptRef, JobId, NodeId, TaskIndex, TokenId, UserName};
+use trainyard_common::ids::{AttemptRef, BundleRef, JobId, NodeId, TaskIndex, TokenId, UserName};
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, TaskRecord, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, TaskRecord, TokenRecord, UserRecord,
 };
 use trainyard_common::time::Timestamp;
 
@@ -183,6 +188,11 @@ impl Core {
             } => {
                 self.on_observed(now, session, node, &member);
             }
+            Event::BundleObserved {
+                session,
+                node,
+                bundle,
+            } => self.on_bundle_observed(now, session, node, &bundle),
             Event::HeartbeatReceived { session, node } => self.on_heartbeat(now, session, node),
             Event::SessionEnded { session, node } => self.on_session_ended(session, node),
             Event::TimerFired => self.on_timer(now),
@@ -194,6 +204,12 @@ impl Core {
     pub fn schedule(&mut self, now: Timestamp, out: &mut Outbox) {
         self.round(now);
         self.finish(now, out);
+    }
+
+    /// The driver noticed that the whole process stood still for `length` until `now`. Nobody was silent meanwhile: no
+    /// word could be heard. To be called before what came in since is handed in.
+    pub fn stood_still(&mut self, now: Timestamp, length: Duration) {
+        self.excuse(now, length);
     }
 
     /// When to hand in [`Event::TimerFired`] next. May be early, never late; changes with every call.
@@ -228,6 +244,12 @@ impl Core {
         self.t.attempts.get(&id)
     }
 
+    /// A bundle that has not ended.
+    #[must_use]
+    pub fn bundle(&self, id: BundleRef) -> Option<&BundleRecord> {
+        self.t.bundles.get(&id)
+    }
+
     /// A node.
     #[must_use]
     pub fn node(&self, id: NodeId) -> Option<&NodeRecord> {
@@ -254,6 +276,11 @@ impl Core {
     /// Attempts that are not `ENDED`, in the order of their ids.
     pub fn attempts(&self) -> impl Iterator<Item = &AttemptRecord> {
         self.t.attempts.values()
+    }
+
+    /// Bundles that have not ended, in the order of their ids.
+    pub fn bundles(&self) -> impl Iterator<Item = &BundleRecord> {
+        self.t.bundles.values()
     }
 
     /// Nodes in the order of their ids.

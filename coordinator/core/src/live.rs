@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use trainyard_common::ids::{AttemptRef, JobId, NodeId, TaskIndex};
+use trainyard_common::ids::{AttemptRef, BundleRef, Incarnation, JobId, NodeId, TaskIndex};
 use trainyard_common::time::Timestamp;
 
+use crate::ahead::Pace;
 use crate::event::SessionId;
 use crate::scheduler::Shapes;
 use crate::tables::TaskKey;
@@ -14,6 +15,8 @@ use crate::tables::TaskKey;
 pub(crate) struct Live {
     /// The one open session of each node that has one.
     pub(crate) sessions: BTreeMap<NodeId, SessionId>,
+    /// Which of its sessions each node opened last, by the agent's own count.
+    pub(crate) opened: BTreeMap<NodeId, (Incarnation, u64)>,
     /// When each node was last heard of, or its lease began anew.
     pub(crate) last_heard: BTreeMap<NodeId, Timestamp>,
     /// When to look at a node's silence again. May be early (a heartbeat does not move it), never late.
@@ -22,6 +25,17 @@ pub(crate) struct Live {
     pub(crate) armed: BTreeMap<NodeId, Timestamp>,
     /// When an attempt that is not ready is given up.
     pub(crate) prepare_timers: BTreeSet<(Timestamp, AttemptRef)>,
+    /// The entry of `prepare_timers` by attempt. Not worked out from rows: their times are of other starts, between which
+    /// the wall clock may have jumped.
+    pub(crate) prepare_armed: BTreeMap<AttemptRef, Timestamp>,
+    /// When a bundle of which nothing runs yet is given up.
+    pub(crate) bundle_timers: BTreeSet<(Timestamp, BundleRef)>,
+    /// The same by bundle.
+    pub(crate) armed_bundles: BTreeMap<BundleRef, Timestamp>,
+    /// How quickly tasks of each bundle end, and what its agent was told of its reports.
+    pub(crate) paces: BTreeMap<BundleRef, Pace>,
+    /// Jobs that get no more bundles, because one could not be prepared.
+    pub(crate) unbundled: BTreeSet<JobId>,
     /// When a task may be tried again.
     pub(crate) retry_timers: BTreeSet<(Timestamp, TaskKey)>,
     /// The same by task.
@@ -55,6 +69,22 @@ impl Live {
         }
     }
 
+    pub(crate) fn arm_bundle(&mut self, id: BundleRef, at: Option<Timestamp>) {
+        if let Some(old) = self.armed_bundles.remove(&id) {
+            self.bundle_timers.remove(&(old, id));
+        }
+        if let Some(at) = at {
+            self.armed_bundles.insert(id, at);
+            self.bundle_timers.insert((at, id));
+        }
+    }
+
+    /// Drops everything about a bundle that is no more.
+    pub(crate) fn forget_bundle(&mut self, id: BundleRef) {
+        self.arm_bundle(id, None);
+        self.paces.remove(&id);
+    }
+
     pub(crate) fn delay_task(&mut self, key: TaskKey, at: Timestamp) {
         self.clear_delay(key);
         self.not_before.insert(key, at);
@@ -85,12 +115,14 @@ impl Live {
             .chain(self.floors.range(all).map(|(key, _)| *key))
             .collect();
         keys.into_iter().for_each(|key| self.forget_task(key));
+        self.unbundled.remove(&job);
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Timestamp> {
         let first = [
             self.node_timers.first().map(|entry| entry.0),
             self.prepare_timers.first().map(|entry| entry.0),
+            self.bundle_timers.first().map(|entry| entry.0),
             self.retry_timers.first().map(|entry| entry.0),
         ];
         first.into_iter().flatten().min()

@@ -32,6 +32,9 @@ impl Core {
             record.reason =
                 Reason::new(ReasonCode::Operator, format!("{node} {done}: set by {by}"));
         }
+        if policy != NodePolicy::Active {
+            self.close_bundles_on(node);
+        }
         self.wants_schedule = true;
         Ok(Answer::Done)
     }
@@ -52,6 +55,7 @@ impl Core {
                 attempt.is_some_and(|attempt| !is_released(attempt.members[*rank].phase))
             })
             .map(|(id, _)| id.to_string())
+            .chain(self.t.bundles_on(node).iter().map(ToString::to_string))
             .collect();
         if !held.is_empty() {
             let first: Vec<&str> = held.iter().take(3).map(String::as_str).collect();
@@ -77,6 +81,7 @@ impl Core {
             Refusal::new(ErrorCode::NotFound, "NODE_UNKNOWN", message),
         );
         self.live.last_heard.remove(&node);
+        self.live.opened.remove(&node);
         self.live.shrunk.remove(&node);
         self.live.arm_node(node, None);
         self.weigh_silence(now, node);
@@ -115,6 +120,11 @@ impl Core {
             let message =
                 format!("{node} was confirmed as lost before the exit status was recorded");
             self.end_member(now, id, rank, Reason::new(ReasonCode::NodeLost, message));
+        }
+        for id in self.t.bundles_on(node) {
+            let message =
+                format!("{node} was confirmed as lost before the exit status was recorded");
+            self.end_bundle(now, id, &Reason::new(ReasonCode::NodeLost, message));
         }
         self.wants_schedule = true;
         Ok(Answer::Done)

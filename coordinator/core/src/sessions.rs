@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use trainyard_common::error::{ErrorCode, Refusal};
-use trainyard_common::ids::{AttemptRef, NodeId};
+use trainyard_common::ids::{AttemptRef, Incarnation, NodeId};
 use trainyard_common::limits;
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, Ending, ObservedMember, ObservedPhase, Stop,
@@ -21,8 +21,8 @@ use crate::event::{Registration, SessionId};
 use crate::gang;
 use crate::tables::is_released;
 
-/// Attempts that one report may run ahead of the row. Guards the counter against a nonsensical number.
-const MAX_ATTEMPT_LEAD: u32 = 1_000_000;
+/// Attempts or bundles that one report may run ahead of the row. Guards the counter against a nonsensical number.
+pub(crate) const MAX_ATTEMPT_LEAD: u32 = 1_000_000;
 
 /// What a reported member is to us.
 enum Standing {
@@ -59,10 +59,14 @@ impl Core {
             }
         }
         desired.sort_by_key(|member| member.attempt);
+        let (bundles, forget_bundles) = self.reconcile_bundles(now, node, &reg.bundles);
         self.live.sessions.insert(node, reg.session);
-        self.send(node, Command::Welcome { desired });
+        self.send(node, Command::Welcome { desired, bundles });
         for id in forget {
             self.send(node, Command::Forget(id));
+        }
+        for id in forget_bundles {
+            self.send(node, Command::ForgetBundle(id));
         }
         self.wants_schedule = true;
     }
@@ -76,6 +80,18 @@ impl Core {
             );
             return Err(Refusal::new(ErrorCode::NotFound, "NODE_UNKNOWN", message));
         };
+        let same_or_later = |(start, opening): &(Incarnation, u64)| {
+            *start == reg.incarnation && (1..=*opening).contains(&reg.opening)
+        };
+        if self.live.opened.get(&node).is_some_and(same_or_later) {
+            // It was given up and its words were still on their way. What it says is older than what we know.
+            let message = format!("a later session of {node} was opened before");
+            return Err(Refusal::new(
+                ErrorCode::Unavailable,
+                "SESSION_TOO_LATE",
+                message,
+            ));
+        }
         let older = reg.incarnation < record.incarnation;
         let twin = reg.incarnation == record.incarnation
             && !record.boot_id.is_empty()
@@ -109,10 +125,14 @@ impl Core {
         record.address.clone_from(&reg.address);
         record.changed_at = now;
         self.note_shrunk(reg.node);
+        self.live
+            .opened
+            .insert(reg.node, (reg.incarnation, reg.opening));
         self.live.last_heard.insert(reg.node, now);
         self.set_availability(now, reg.node, NodeAvailability::Ready, in_session(reg.node));
         self.arm_silence(now, reg.node);
         self.resume_waiting(now, reg.node);
+        self.resume_bundles(now, reg.node);
     }
 
     fn note_shrunk(&mut self, node: NodeId) {
@@ -235,7 +255,7 @@ impl Core {
     }
 
     /// Notes that a node lives. False if it was not the node's open session that spoke.
-    fn hear(&mut self, now: Timestamp, session: SessionId, node: NodeId) -> bool {
+    pub(crate) fn hear(&mut self, now: Timestamp, session: SessionId, node: NodeId) -> bool {
         if self.live.sessions.get(&node) != Some(&session) {
             return false;
         }
@@ -251,6 +271,7 @@ impl Core {
         if !ready {
             self.set_availability(now, node, NodeAvailability::Ready, in_session(node));
             self.resume_waiting(now, node);
+            self.resume_bundles(now, node);
             self.wants_schedule = true;
         }
         if !self.live.armed.contains_key(&node) || !ready {
@@ -273,6 +294,9 @@ impl Core {
                 Standing::Foreign
             };
         };
+        if self.t.is_carried(id) {
+            return Standing::Foreign; // We gave it to a bundle.
+        }
         let rank = usize::try_from(member.node_rank).unwrap_or(usize::MAX);
         match attempt.members.get(rank) {
             Some(ours) if ours.node == node => Standing::Ours(rank),
@@ -298,7 +322,7 @@ impl Core {
 
     /// An attempt number was given that our rows do not know: they were restored from a backup. The next attempt
     /// must get a higher one.
-    fn note_floor(&mut self, id: AttemptRef) {
+    pub(crate) fn note_floor(&mut self, id: AttemptRef) {
         let key = (id.job, id.task);
         let Some(job) = self.t.jobs.get(&id.job) else {
             return;
@@ -345,7 +369,13 @@ impl Core {
     }
 
     /// How the ranks ended is taken from the first report of the end; later ones only add what was uploaded.
-    fn record_ending(&mut self, id: AttemptRef, rank: usize, before: MemberPhase, end: &Ending) {
+    pub(crate) fn record_ending(
+        &mut self,
+        id: AttemptRef,
+        rank: usize,
+        before: MemberPhase,
+        end: &Ending,
+    ) {
         let most = self
             .t
             .jobs

@@ -2,7 +2,7 @@
 
 use trainyard_common::ids::{Digest, JobId, NodeId, RequestId, TokenId, UserName};
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, TaskRecord, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, TaskRecord, TokenRecord, UserRecord,
 };
 use trainyard_common::time::Timestamp;
 
@@ -30,6 +30,8 @@ pub struct Snapshot {
     pub tasks: Vec<TaskRecord>,
     /// Attempts that are not `ENDED`; also those of jobs that are over (then they are `LOST`).
     pub attempts: Vec<AttemptRecord>,
+    /// Every bundle that there is; also those of jobs that are over.
+    pub bundles: Vec<BundleRecord>,
     /// Enrolled nodes.
     pub nodes: Vec<NodeRecord>,
     /// Join tokens.
@@ -52,6 +54,7 @@ impl Default for Snapshot {
             jobs: Vec::new(),
             tasks: Vec::new(),
             attempts: Vec::new(),
+            bundles: Vec::new(),
             nodes: Vec::new(),
             tokens: Vec::new(),
             users: Vec::new(),

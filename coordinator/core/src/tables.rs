@@ -4,19 +4,23 @@
 //!
 //! Durable: every `…Record`, the remembered requests (part of the job rows) and the next ids. Derived: everything else.
 
+mod bundles;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use trainyard_common::ids::{
-    AttemptNumber, AttemptRef, Digest, JobId, NodeId, RequestId, TaskIndex, TokenId, UserName,
+    AttemptNumber, AttemptRef, BundleRef, Digest, JobId, NodeId, RequestId, TaskIndex, TokenId,
+    UserName,
 };
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, MemberRecord, NodeRecord, Record, TaskCounts, TaskRecord,
-    TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, MemberRecord, NodeRecord, Record, TaskCounts,
+    TaskRecord, TokenRecord, UserRecord,
 };
 use trainyard_common::resources::Resources;
 use trainyard_common::state::{AttemptState, JobState, MemberPhase, Reason};
 use trainyard_common::time::Timestamp;
 
+pub(crate) use self::bundles::{Bundled, attempt_in_bundle, times, width};
 use crate::effect::Effect;
 use crate::outbox::Outbox;
 use crate::snapshot::Snapshot;
@@ -31,7 +35,7 @@ pub(crate) struct Remembered {
     pub(crate) at: Timestamp,
 }
 
-/// What members that are not released hold on one node.
+/// What members that are not released and bundles hold on one node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Usage {
     pub(crate) amounts: Resources,
@@ -39,7 +43,7 @@ pub(crate) struct Usage {
     pub(crate) members: u32,
 }
 
-/// Tasks of a job that have an attempt which is not over, by state.
+/// Tasks of a job with rows that have an attempt which is not over, by state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct ActiveCounts {
     pub(crate) preparing: u32,
@@ -56,6 +60,8 @@ struct Dirty {
     jobs: BTreeSet<JobId>,
     tasks: BTreeSet<TaskKey>,
     attempts: BTreeSet<AttemptRef>,
+    bundles: BTreeSet<BundleRef>,
+    removed_bundles: BTreeSet<BundleRef>,
 }
 
 #[derive(Debug)]
@@ -63,6 +69,7 @@ pub(crate) struct Tables {
     pub(crate) jobs: BTreeMap<JobId, JobRecord>,
     pub(crate) tasks: BTreeMap<TaskKey, TaskRecord>,
     pub(crate) attempts: BTreeMap<AttemptRef, AttemptRecord>,
+    pub(crate) bundles: BTreeMap<BundleRef, BundleRecord>,
     pub(crate) nodes: BTreeMap<NodeId, NodeRecord>,
     pub(crate) tokens: BTreeMap<TokenId, TokenRecord>,
     pub(crate) users: BTreeMap<UserName, UserRecord>,
@@ -79,6 +86,11 @@ pub(crate) struct Tables {
     pub(crate) usage: BTreeMap<NodeId, Usage>,
     /// Attempts with a member on the node that is not `ENDED`.
     pub(crate) on_node: BTreeMap<NodeId, BTreeSet<AttemptRef>>,
+    /// What the bundles of a job come to.
+    pub(crate) bundled: BTreeMap<JobId, Bundled>,
+    pub(crate) bundles_by_node: BTreeMap<NodeId, BTreeSet<BundleRef>>,
+    /// Attempts in memory whose tasks are in bundles, also in those that are `LOST`. They hold nothing by themselves.
+    pub(crate) carried: BTreeSet<AttemptRef>,
     pub(crate) jobs_per_user: BTreeMap<UserName, usize>,
     /// Jobs whose state has to be derived again before the rows are persisted.
     pub(crate) touched: BTreeSet<JobId>,
@@ -171,6 +183,7 @@ impl Tables {
             jobs: snapshot.jobs.into_iter().map(|job| (job.id, job)).collect(),
             tasks: BTreeMap::new(),
             attempts: BTreeMap::new(),
+            bundles: BTreeMap::new(),
             nodes: snapshot
                 .nodes
                 .into_iter()
@@ -195,6 +208,9 @@ impl Tables {
             active: BTreeMap::new(),
             usage: BTreeMap::new(),
             on_node: BTreeMap::new(),
+            bundled: BTreeMap::new(),
+            bundles_by_node: BTreeMap::new(),
+            carried: BTreeSet::new(),
             jobs_per_user: BTreeMap::new(),
             touched: BTreeSet::new(),
             dirty: Dirty::default(),
@@ -212,7 +228,18 @@ impl Tables {
         tables
             .active
             .retain(|_, counts| *counts != ActiveCounts::default());
+        for bundle in snapshot.bundles {
+            tables.index_bundle(bundle);
+        }
         for attempt in snapshot.attempts {
+            let AttemptRef { job, task, .. } = attempt.id;
+            if attempt.id == attempt_in_bundle(job, task)
+                && tables
+                    .bundles_of(job)
+                    .any(|bundle| bundle.tasks.contains(task))
+            {
+                tables.carried.insert(attempt.id);
+            }
             tables.index_attempt(&attempt);
             tables.attempts.insert(attempt.id, attempt);
         }
@@ -231,6 +258,9 @@ impl Tables {
     }
 
     fn index_attempt(&mut self, attempt: &AttemptRecord) {
+        if self.is_carried(attempt.id) {
+            return;
+        }
         for member in &attempt.members {
             if !is_released(member.phase) {
                 self.usage
@@ -399,12 +429,17 @@ impl Tables {
         rank: usize,
         phase: MemberPhase,
     ) -> Option<MemberPhase> {
+        let carried = self.is_carried(id);
         let member = self.attempts.get_mut(&id)?.members.get_mut(rank)?;
         let before = member.phase;
         if phase <= before {
             return None;
         }
         member.phase = phase;
+        self.dirty.attempts.insert(id);
+        if carried {
+            return Some(before);
+        }
         if is_released(phase)
             && !is_released(before)
             && let Some(usage) = self.usage.get_mut(&member.node)
@@ -422,7 +457,6 @@ impl Tables {
                 self.on_node.remove(&member.node);
             }
         }
-        self.dirty.attempts.insert(id);
         Some(before)
     }
 
@@ -526,23 +560,36 @@ impl Tables {
                 }
             }
         }
-        for key in dirty.tasks {
-            let Some(task) = self.tasks.get(&key) else {
-                continue;
-            };
-            persist(Record::Task(Box::new(task.clone())));
-            if task.state.is_terminal() {
-                self.tasks.remove(&key);
+        for id in dirty.removed_bundles {
+            persist(Record::BundleRemoved(id));
+        }
+        for id in dirty.bundles {
+            if let Some(bundle) = self.bundles.get(&id) {
+                persist(Record::Bundle(Box::new(bundle.clone())));
             }
         }
-        for id in dirty.attempts {
-            let Some(attempt) = self.attempts.get(&id) else {
-                continue;
+        for key in dirty.tasks {
+            let over = self.tasks.get(&key).map(|task| task.state.is_terminal());
+            let row = match over {
+                Some(true) => self.tasks.remove(&key),
+                Some(false) => self.tasks.get(&key).cloned(),
+                None => None,
             };
-            persist(Record::Attempt(Box::new(attempt.clone())));
-            if attempt.state == AttemptState::Ended {
-                self.attempts.remove(&id);
-            }
+            row.into_iter()
+                .for_each(|task| persist(Record::Task(Box::new(task))));
+        }
+        for id in dirty.attempts {
+            let state = self.attempts.get(&id).map(|attempt| attempt.state);
+            let row = match state {
+                Some(AttemptState::Ended) => {
+                    self.carried.remove(&id);
+                    self.attempts.remove(&id)
+                }
+                Some(_) => self.attempts.get(&id).cloned(),
+                None => None,
+            };
+            row.into_iter()
+                .for_each(|attempt| persist(Record::Attempt(Box::new(attempt))));
         }
     }
 

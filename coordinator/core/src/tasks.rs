@@ -8,7 +8,7 @@ use trainyard_common::time::Timestamp;
 
 use crate::Core;
 use crate::config::retry_delay;
-use crate::tables::{ActiveCounts, TaskKey};
+use crate::tables::{ActiveCounts, Bundled, TaskKey};
 
 /// What follows for a task.
 struct Next {
@@ -68,13 +68,14 @@ impl Core {
                 }
             }
         };
+        self.wants_schedule |= next.state == JobState::Pending;
         let delay = retry_delay(interruptions);
         if next.state != JobState::Pending {
             self.live.forget_task(key);
         } else if !delay.is_zero() {
             self.live.delay_task(key, now.after(delay));
         }
-        self.end_task(now, key, next);
+        self.end_task(attempt.ended_at.unwrap_or(now), key, next);
     }
 
     fn end_task(&mut self, now: Timestamp, key: TaskKey, next: Next) {
@@ -114,8 +115,15 @@ impl Core {
             let state = terminal_state(job);
             (state, self.terminal_reason(job, state))
         } else {
-            let state = live_state(job, active);
+            let bundled = self.t.bundled.get(&id).copied().unwrap_or_default();
+            let state = live_state(job, active, bundled);
             (state, self.live_reason(job, state))
+        };
+        // What ended of an array before is no longer at hand, so that its end is when we learn of it.
+        let last = self.t.tasks_of(id).next().and_then(|task| task.ended_at);
+        let ended_at = match job.spec.array {
+            None => last.unwrap_or(now),
+            Some(_) => now,
         };
         let succeeded = state == JobState::Succeeded;
         let Some(job) = self.t.job_mut(id) else {
@@ -126,7 +134,7 @@ impl Core {
             job.reason = reason;
         }
         if state.is_terminal() {
-            job.ended_at = Some(now);
+            job.ended_at = Some(ended_at);
             if succeeded {
                 job.exit = Some(ExitStatus::Code(0));
             }
@@ -264,14 +272,14 @@ fn terminal_state(job: &JobRecord) -> JobState {
 }
 
 /// The most advanced state of its tasks; a job whose end was asked for is `STOPPING` until nothing of it is left.
-fn live_state(job: &JobRecord, active: ActiveCounts) -> JobState {
+fn live_state(job: &JobRecord, active: ActiveCounts, bundled: Bundled) -> JobState {
     if job.cancel.is_some() {
         JobState::Stopping
-    } else if active.running > 0 {
+    } else if active.running > 0 || bundled.running > 0 {
         JobState::Running
-    } else if active.stopping > 0 {
+    } else if active.stopping > 0 || bundled.stopping > 0 {
         JobState::Stopping
-    } else if active.preparing > 0 {
+    } else if active.preparing > 0 || bundled.placed > 0 {
         JobState::Preparing
     } else {
         JobState::Pending

@@ -4,15 +4,19 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use trainyard_common::bundle::{
+    BundlePhase, DesiredBundle, ObservedBundle, ObservedBundlePhase, TaskRange, TaskReport, TaskSet,
+};
 use trainyard_common::ids::{
-    AttemptRef, Digest, Incarnation, JobId, NodeId, TaskIndex, TokenId, UserName,
+    AttemptRef, BundleRef, Digest, Incarnation, JobId, NodeId, TaskIndex, TokenId, UserName,
 };
 use trainyard_common::inventory::{Gpu, Inventory};
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, EndCause, Ending, ObservedMember, ObservedPhase, RankEnd,
 };
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, Record, Target, TaskRecord, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, Record, Target, TaskRecord, TokenRecord,
+    UserRecord,
 };
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::JobSpec;
@@ -29,6 +33,7 @@ pub(crate) struct Store {
     pub(crate) jobs: BTreeMap<JobId, JobRecord>,
     pub(crate) tasks: BTreeMap<(JobId, TaskIndex), TaskRecord>,
     pub(crate) attempts: BTreeMap<AttemptRef, AttemptRecord>,
+    pub(crate) bundles: BTreeMap<BundleRef, BundleRecord>,
     pub(crate) nodes: BTreeMap<NodeId, NodeRecord>,
     pub(crate) tokens: BTreeMap<TokenId, TokenRecord>,
     pub(crate) users: BTreeMap<UserName, UserRecord>,
@@ -41,6 +46,8 @@ impl Store {
             Record::Job(job) => drop(self.jobs.insert(job.id, *job)),
             Record::Task(task) => drop(self.tasks.insert((task.job, task.index), *task)),
             Record::Attempt(attempt) => drop(self.attempts.insert(attempt.id, *attempt)),
+            Record::Bundle(bundle) => drop(self.bundles.insert(bundle.id, *bundle)),
+            Record::BundleRemoved(bundle) => drop(self.bundles.remove(&bundle)),
             Record::Node(node) => {
                 self.highest_node = self.highest_node.max(node.id.0);
                 self.nodes.insert(node.id, *node);
@@ -76,6 +83,7 @@ impl Store {
                 .filter(|attempt| attempt.state != AttemptState::Ended)
                 .cloned()
                 .collect(),
+            bundles: self.bundles.values().cloned().collect(),
             nodes: self.nodes.values().cloned().collect(),
             tokens: self.tokens.values().cloned().collect(),
             users: self.users.values().cloned().collect(),
@@ -243,9 +251,14 @@ impl TestEnv {
         );
     }
 
-    fn live_rows(&self) -> (Vec<JobRecord>, Vec<TaskRecord>, Vec<AttemptRecord>) {
+    fn live_rows(&self) -> Rows {
         let snapshot = self.store.snapshot();
-        (snapshot.jobs, snapshot.tasks, snapshot.attempts)
+        (
+            snapshot.jobs,
+            snapshot.tasks,
+            snapshot.attempts,
+            snapshot.bundles,
+        )
     }
 
     pub(crate) fn event(&mut self, event: Event) {
@@ -335,14 +348,22 @@ impl TestEnv {
             Effect::Reply(_, Err(refusal)) => {
                 format!("refused {} {}", refusal.code.as_str(), refusal.reason)
             }
-            Effect::Send(session, Command::Welcome { desired }) => {
-                let desired: Vec<String> = desired.iter().map(desire).collect();
+            Effect::Send(session, Command::Welcome { desired, bundles }) => {
+                let bundles = bundles.iter().map(desire_bundle);
+                let desired: Vec<String> = desired.iter().map(desire).chain(bundles).collect();
                 format!("{}: welcome [{}]", node(session), desired.join(", "))
             }
             Effect::Send(session, Command::Desire(member)) => {
                 format!("{}: {}", node(session), desire(member))
             }
             Effect::Send(session, Command::Forget(id)) => format!("{}: forget {id}", node(session)),
+            Effect::Send(session, Command::DesireBundle(bundle)) => {
+                format!("{}: {}", node(session), desire_bundle(bundle))
+            }
+            Effect::Send(session, Command::ForgetBundle(id)) => {
+                format!("{}: forget {id}", node(session))
+            }
+            Effect::Send(session, Command::Resync(_)) => format!("{}: resync", node(session)),
             Effect::CloseSession(session, refusal) => {
                 format!("close s{} {}", session.0, refusal.reason)
             }
@@ -384,12 +405,39 @@ impl TestEnv {
             session,
             node,
             incarnation,
+            opening: 0,
             boot_id: "boot-1".into(),
             agent_version: "1".into(),
             address: format!("10.0.0.{}", node.0),
             inventory: inventory(&format!("m{}", node.0), gpus),
             observed,
+            bundles: Vec::new(),
         }
+    }
+
+    /// Registers a node without members and with these bundles.
+    pub(crate) fn register_bundles(&mut self, node: u32, bundles: Vec<ObservedBundle>) {
+        let mut registration = self.registration(NodeId(node), 0, vec![]);
+        registration.bundles = bundles;
+        self.register_with(registration);
+    }
+
+    /// The node reports of a bundle that runs, from this report on.
+    pub(crate) fn tasks(&mut self, node: u32, id: &str, first: u64, reports: Vec<TaskReport>) {
+        self.bundle(
+            node,
+            observed(id, ObservedBundlePhase::Running, first, reports),
+        );
+    }
+
+    pub(crate) fn bundle(&mut self, node: u32, bundle: ObservedBundle) {
+        let node = NodeId(node);
+        let session = self.sessions[&node];
+        self.event(Event::BundleObserved {
+            session,
+            node,
+            bundle,
+        });
     }
 
     pub(crate) fn register_with(&mut self, registration: Registration) {
@@ -504,11 +552,19 @@ impl TestEnv {
     }
 }
 
-pub(crate) fn rows_of(core: &Core) -> (Vec<JobRecord>, Vec<TaskRecord>, Vec<AttemptRecord>) {
+type Rows = (
+    Vec<JobRecord>,
+    Vec<TaskRecord>,
+    Vec<AttemptRecord>,
+    Vec<BundleRecord>,
+);
+
+pub(crate) fn rows_of(core: &Core) -> Rows {
     (
         core.t.jobs.values().cloned().collect(),
         core.t.tasks.values().cloned().collect(),
         core.t.attempts.values().cloned().collect(),
+        core.t.bundles.values().cloned().collect(),
     )
 }
 
@@ -516,13 +572,86 @@ fn desire(member: &DesiredMember) -> String {
     let id = member.attempt;
     match &member.phase {
         DesiredPhase::Prepare => format!("prepare {id}"),
+        DesiredPhase::Start => format!("start {id}"),
         DesiredPhase::Run(go) => format!("run {id} at {}:{}", go.master_addr, go.master_port),
         DesiredPhase::Stop(stop) => format!("stop {id} {}", stop.code),
     }
 }
 
+/// `run j1.b1 x2 [0-3] 0 spec`: phase, bundle, slots, tasks, recorded, and whether the specification is with it.
+fn desire_bundle(bundle: &DesiredBundle) -> String {
+    let phase = match bundle.phase {
+        BundlePhase::Run => "run".to_owned(),
+        BundlePhase::Close => "close".to_owned(),
+        BundlePhase::Stop(stop) => format!("stop {}", stop.code),
+    };
+    let spec = if bundle.spec.is_some() { " spec" } else { "" };
+    let (id, slots, tasks) = (bundle.bundle, bundle.slots, ranges(&bundle.tasks));
+    format!("{phase} {id} x{slots} [{tasks}] {}{spec}", bundle.recorded)
+}
+
+fn ranges(tasks: &TaskSet) -> String {
+    let ranges: Vec<String> = tasks
+        .ranges()
+        .iter()
+        .map(|TaskRange { first, last }| match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
+        })
+        .collect();
+    ranges.join(",")
+}
+
+pub(crate) fn observed(
+    id: &str,
+    phase: ObservedBundlePhase,
+    first: u64,
+    reports: Vec<TaskReport>,
+) -> ObservedBundle {
+    ObservedBundle {
+        bundle: id.parse().unwrap(),
+        phase,
+        first,
+        reports,
+    }
+}
+
+/// A task started at this time.
+pub(crate) fn started(task: u32, at: Timestamp) -> TaskReport {
+    TaskReport::Started {
+        task: TaskIndex(task),
+        at,
+    }
+}
+
+/// A task that ran so long ended like this at `now`.
+pub(crate) fn ended(now: Timestamp, task: u32, ran_ms: u64, mut ending: Ending) -> TaskReport {
+    ending.ended_at = now;
+    TaskReport::Ended {
+        task: TaskIndex(task),
+        started_at: ending.started.then(|| Timestamp(now.0 - ran_ms)),
+        ending: Box::new(ending),
+    }
+}
+
+pub(crate) fn returned(first: u32, last: u32) -> TaskReport {
+    TaskReport::Returned(TaskRange {
+        first: TaskIndex(first),
+        last: TaskIndex(last),
+    })
+}
+
 fn change(record: &Record) -> String {
     match record {
+        Record::Bundle(bundle) => format!(
+            "{} {} {} [{}] {}",
+            bundle.id,
+            bundle.state,
+            bundle.node,
+            ranges(&bundle.tasks),
+            bundle.recorded
+        ),
+        Record::BundleRemoved(bundle) => format!("{bundle} removed"),
         Record::Job(job) => format!("{} {} {}", job.id, job.state, job.reason.code),
         Record::Task(task) => format!(
             "{}.{} {} {}",

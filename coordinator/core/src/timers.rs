@@ -5,6 +5,7 @@
 //! node is then lost). A node's timer is set to the next one; a heartbeat does not move it, it is looked at when due.
 
 use trainyard_common::ids::{AttemptRef, NodeId};
+use trainyard_common::record::AttemptRecord;
 use trainyard_common::state::{MemberPhase, NodeAvailability, Reason, ReasonCode};
 use trainyard_common::time::Timestamp;
 use trainyard_common::units::format_duration;
@@ -23,8 +24,14 @@ impl Core {
         while let Some((at, id)) = self.live.prepare_timers.first().copied()
             && at <= now
         {
-            self.live.prepare_timers.pop_first();
+            self.drop_prepare_timer(id);
             self.prepare_timed_out(now, id);
+        }
+        while let Some((at, id)) = self.live.bundle_timers.first().copied()
+            && at <= now
+        {
+            self.live.arm_bundle(id, None);
+            self.bundle_timed_out(id);
         }
         while let Some((at, key)) = self.live.retry_timers.first().copied()
             && at <= now
@@ -46,13 +53,16 @@ impl Core {
             .t
             .attempts
             .values()
-            .filter(|attempt| attempt.outcome.is_none() && attempt.ready_at.is_none())
+            .filter(|attempt| prepares(attempt))
             .map(|attempt| attempt.id)
+            .filter(|id| !self.t.is_carried(*id))
             .collect();
         self.live.prepare_timers.clear();
+        self.live.prepare_armed.clear();
         for id in waiting {
             self.arm_prepare(now, id);
         }
+        self.restart_bundle_timers(now);
     }
 
     /// If a timer is overdue by more than the shortest lease, it was us who were away, not the nodes.
@@ -64,20 +74,29 @@ impl Core {
         }
     }
 
+    /// Takes a pause of ours out of every silence. Noticed by the driver, because with only silent nodes no timer may be
+    /// due for so long that [`Self::notice_pause`] sees nothing.
+    pub(crate) fn excuse(&mut self, now: Timestamp, length: std::time::Duration) {
+        let nodes: Vec<NodeId> = self.t.nodes.keys().copied().collect();
+        for node in nodes {
+            if let Some(heard) = self.live.last_heard.get_mut(&node) {
+                *heard = heard.after(length).min(now);
+            }
+            self.arm_silence(now, node);
+        }
+    }
+
     pub(crate) fn arm_prepare(&mut self, from: Timestamp, id: AttemptRef) {
-        self.live
-            .prepare_timers
-            .insert((from.after(self.config.prepare_timeout), id));
+        self.drop_prepare_timer(id);
+        let at = from.after(self.config.prepare_timeout);
+        self.live.prepare_timers.insert((at, id));
+        self.live.prepare_armed.insert(id, at);
     }
 
     pub(crate) fn drop_prepare_timer(&mut self, id: AttemptRef) {
-        let Some(attempt) = self.t.attempts.get(&id) else {
-            return;
-        };
-        let from = attempt.placed_at.max(self.live.lease_base);
-        self.live
-            .prepare_timers
-            .remove(&(from.after(self.config.prepare_timeout), id));
+        if let Some(at) = self.live.prepare_armed.remove(&id) {
+            self.live.prepare_timers.remove(&(at, id));
+        }
     }
 
     fn prepare_timed_out(&mut self, now: Timestamp, id: AttemptRef) {
@@ -125,7 +144,7 @@ impl Core {
         }
     }
 
-    fn silence(&self, now: Timestamp, node: NodeId) -> std::time::Duration {
+    pub(crate) fn silence(&self, now: Timestamp, node: NodeId) -> std::time::Duration {
         now.since(
             self.live
                 .last_heard
@@ -172,6 +191,9 @@ impl Core {
         if silence >= self.config.lost_after.min(self.config.lost_after_gang) {
             for (id, _) in self.t.members_on(node) {
                 self.settle(now, id);
+            }
+            for id in self.t.bundles_on(node) {
+                self.settle_bundle(now, id);
             }
         }
     }
@@ -247,7 +269,7 @@ impl Core {
         );
     }
 
-    fn note(&mut self, urgency: Urgency, code: ReasonCode, message: String) {
+    pub(crate) fn note(&mut self, urgency: Urgency, code: ReasonCode, message: String) {
         self.later
             .push(Effect::Note(urgency, None, Reason::new(code, message)));
     }
@@ -255,6 +277,11 @@ impl Core {
 
 pub(crate) fn is_ready(availability: NodeAvailability) -> bool {
     availability == NodeAvailability::Ready
+}
+
+/// Whether an attempt is neither ready nor running yet, so that it has a timer for that.
+pub(crate) fn prepares(attempt: &AttemptRecord) -> bool {
+    attempt.outcome.is_none() && attempt.ready_at.is_none() && attempt.started_at.is_none()
 }
 
 pub(crate) fn is_unreachable(availability: NodeAvailability) -> bool {

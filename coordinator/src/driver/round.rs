@@ -9,7 +9,7 @@ use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{Sequence, Term};
 use trainyard_common::record::Record;
 use trainyard_common::time::Timestamp;
-use trainyard_coordinator_core::effect::{Effect, Urgency};
+use trainyard_coordinator_core::effect::{Command, Effect, Urgency};
 use trainyard_coordinator_core::event::SessionId;
 
 use super::{FatalError, SessionMessage, State};
@@ -79,6 +79,9 @@ impl State {
         };
         match commands.try_send(message) {
             Ok(()) => {}
+            // Told again at the start of the next session. After an outage every member of a node may be due for one at
+            // once; were the session closed, the next one would begin and end in the same way.
+            Err(mpsc::error::TrySendError::Full(SessionMessage::Command(Command::Forget(_)))) => {}
             // Dropping our end closes the session; the agent comes back and gets its whole set.
             Err(mpsc::error::TrySendError::Full(_)) => {
                 tracing::warn!(

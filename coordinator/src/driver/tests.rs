@@ -172,6 +172,7 @@ impl Bench {
                 session,
                 node,
                 incarnation: Incarnation(1),
+                opening: 0,
                 boot_id: "b".to_owned(),
                 agent_version: "0".to_owned(),
                 address: "127.0.0.1".to_owned(),
@@ -180,6 +181,7 @@ impl Bench {
                     ..Inventory::default()
                 },
                 observed: Vec::new(),
+                bundles: Vec::new(),
             })
             .await
             .unwrap()

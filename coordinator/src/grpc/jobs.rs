@@ -46,9 +46,9 @@ impl JobApi {
         let request_id = convert::text("request_id", &request_id)?;
         let spec: JobSpec = convert::required("spec", spec)?;
         if spec.workspace != user.workspace {
-            return Err(
-                not_found(format_args!("workspace {}", spec.workspace)).at("spec.workspace")
-            );
+            let mut refusal = not_found(format_args!("workspace {}", spec.workspace));
+            refusal.message += &format!("; yours is {}", user.workspace);
+            return Err(refusal.at("spec.workspace"));
         }
         self.check_snapshot(spec.snapshot).await?;
         let owner = user.name.clone();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 use trainyard_common::error::Refusal;
 use trainyard_common::ids::{AttemptRef, NodeId};
-use trainyard_common::record::NodeRecord;
+use trainyard_common::record::{BundleRecord, NodeRecord};
 use trainyard_common::resources::Resources;
 use trainyard_common::state::MemberPhase;
 use trainyard_coordinator_core::effect::Answer;
@@ -22,7 +22,7 @@ use crate::read_model::Tables;
 /// `NodeService`.
 pub(crate) struct NodeApi(pub(crate) Arc<Shared>);
 
-/// What attempts hold of one node.
+/// What attempts and bundles hold of one node.
 #[derive(Debug, Default)]
 struct Use {
     resources: Resources,
@@ -30,13 +30,26 @@ struct Use {
     gpus: Vec<String>,
 }
 
-/// What attempts hold, by node. The phase says it: from `UPLOADING` on every process is gone.
+/// What attempts and bundles hold, by node. An attempt's phase says it: from `UPLOADING` on every process is gone. A
+/// bundle holds what as many of its tasks as run at a time do; attempts of its tasks hold nothing beside it.
 fn usage(tables: &Tables, only: Option<NodeId>) -> BTreeMap<NodeId, Use> {
     let mut usage: BTreeMap<NodeId, Use> = BTreeMap::new();
+    let wanted = |node| only.is_none_or(|only| only == node);
+    for bundle in tables.bundles.values().filter(|b| wanted(b.node)) {
+        let used = usage.entry(bundle.node).or_default();
+        used.resources = used.resources.plus(&held(bundle));
+    }
     for attempt in tables.attempts.values() {
+        if tables.in_bundle(attempt.id).is_some() {
+            let node = attempt.members.first().map(|member| member.node);
+            if let Some(node) = node.filter(|node| wanted(*node)) {
+                usage.entry(node).or_default().attempts.push(attempt.id);
+            }
+            continue;
+        }
         for member in &attempt.members {
             let released = matches!(member.phase, MemberPhase::Uploading | MemberPhase::Ended);
-            if released || only.is_some_and(|only| only != member.node) {
+            if released || !wanted(member.node) {
                 continue;
             }
             let used = usage.entry(member.node).or_default();
@@ -46,6 +59,20 @@ fn usage(tables: &Tables, only: Option<NodeId>) -> BTreeMap<NodeId, Use> {
         }
     }
     usage
+}
+
+fn held(bundle: &BundleRecord) -> Resources {
+    let width = bundle.slots.min(bundle.tasks.count());
+    let Resources {
+        cpu_milli,
+        memory_bytes,
+        gpus,
+    } = bundle.resources;
+    Resources {
+        cpu_milli: cpu_milli.saturating_mul(u64::from(width)),
+        memory_bytes: memory_bytes.saturating_mul(u64::from(width)),
+        gpus: gpus.saturating_mul(width),
+    }
 }
 
 fn status(node: &NodeRecord, used: Option<Use>) -> v1::NodeStatus {

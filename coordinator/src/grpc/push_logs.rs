@@ -1,6 +1,7 @@
 //! Output of ranks as an agent sends it: checked against where the attempt is placed, stored, acknowledged by offset.
 //!
-//! An agent may send for attempts that have a member on its node, also for those that are over or lost; nobody else's.
+//! An agent may send for attempts that have a member on its node, also for those that are over or lost, and for tasks in
+//! bundles that its node holds; nobody else's.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -105,6 +106,11 @@ impl Pushing {
     async fn ranks(&mut self, attempt: AttemptRef) -> Result<Range<u32>, Refusal> {
         if let Some(ranks) = self.ranks.get(&attempt) {
             return Ok(ranks.clone());
+        }
+        // Before rows are looked for: a task in a bundle has none as long as it is quick, and there are many.
+        if let Some(bundle) = self.shared.read.tables().in_bundle(attempt) {
+            let here = bundle.node == self.node;
+            return Ok(if here { 0..1 } else { 0..0 });
         }
         let ranks = self.look_up(attempt).await?;
         if self.ranks.len() >= REMEMBERED {

@@ -1,4 +1,4 @@
-//! One session of an agent: its greeting and whole observed set, then changes both ways until either side ends it.
+//! One session of an agent: its greeting and whole observed sets, members before bundles, then changes both ways until either side ends it.
 //!
 //! What the agent says becomes events for the driver, in order; what the core wants becomes messages, in order, each
 //! with the coordinator's term. It takes no decision but whether the peer speaks our protocol.
@@ -10,13 +10,14 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Streaming;
+use trainyard_common::bundle::ObservedBundle;
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{Incarnation, NodeId, Term};
 use trainyard_common::inventory::Inventory;
 use trainyard_common::member::ObservedMember;
 use trainyard_coordinator_core::effect::Command;
 use trainyard_coordinator_core::event::{Event, Registration, SessionId};
-use trainyard_proto::convert::pages::{Assembler, desired_pages};
+use trainyard_proto::convert::pages::{Assembler, desired_pages, pages};
 use trainyard_proto::convert::{self, InvalidField};
 use trainyard_proto::status::{from_status, to_status};
 use trainyard_proto::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, v1};
@@ -46,11 +47,13 @@ pub(super) struct Session {
 /// What an agent said first.
 struct Greeting {
     incarnation: Incarnation,
+    opening: u64,
     boot_id: String,
     agent_version: String,
     address: String,
     inventory: Inventory,
     observed: Vec<ObservedMember>,
+    bundles: Vec<ObservedBundle>,
 }
 
 impl Session {
@@ -115,19 +118,34 @@ impl Session {
         };
         let mut greeting = self.check_hello(hello)?;
         let mut observed = Assembler::<ObservedMember>::new();
+        let mut bundles = Assembler::<ObservedBundle>::new();
+        let mut members_told = false;
         loop {
             match next(messages).await? {
-                Some(Said::ObservedPage(page)) => {
+                Some(Said::ObservedPage(page)) if !members_told => {
                     let whole = observed.push(page).map_err(|bad| protocol(&chain(&bad)))?;
                     if let Some(members) = whole {
                         greeting.observed = members;
+                        members_told = true;
+                    }
+                }
+                Some(Said::ObservedBundlePage(page)) if members_told => {
+                    let whole = bundles.push(page).map_err(|bad| protocol(&chain(&bad)))?;
+                    if let Some(bundles) = whole {
+                        greeting.bundles = bundles;
                         return Ok(greeting);
                     }
                 }
                 Some(Said::Heartbeat(_)) => {}
-                Some(Said::Hello(_) | Said::Observed(_)) => {
+                Some(
+                    Said::Hello(_)
+                    | Said::ObservedPage(_)
+                    | Said::ObservedBundlePage(_)
+                    | Said::Observed(_)
+                    | Said::ObservedBundle(_),
+                ) => {
                     return Err(protocol(
-                        "after the hello all pages of the observed set must come",
+                        "after the hello all pages of the observed members must come, and then those of the bundles",
                     ));
                 }
                 Some(Said::GoingAway(_)) | None => {
@@ -151,6 +169,7 @@ impl Session {
             address,
             inventory,
             term,
+            opening,
         } = hello;
         check_version(protocol_version, oldest_protocol_version)?;
         let cluster = convert::cluster("hello.cluster", &cluster)?;
@@ -183,6 +202,7 @@ impl Session {
         }
         Ok(Greeting {
             incarnation: Incarnation(incarnation),
+            opening,
             boot_id,
             agent_version,
             address: if address.is_empty() {
@@ -192,6 +212,7 @@ impl Session {
             },
             inventory: convert::required("hello.inventory", inventory)?,
             observed: Vec::new(),
+            bundles: Vec::new(),
         })
     }
 
@@ -216,21 +237,25 @@ impl Session {
     fn registration(&self, session: SessionId, greeting: Greeting) -> Registration {
         let Greeting {
             incarnation,
+            opening,
             boot_id,
             agent_version,
             address,
             inventory,
             observed,
+            bundles,
         } = greeting;
         Registration {
             session,
             node: self.node,
             incarnation,
+            opening,
             boot_id,
             agent_version,
             address,
             inventory,
             observed,
+            bundles,
         }
     }
 
@@ -264,12 +289,23 @@ impl Session {
                         })
                         .await?;
                 }
+                Said::ObservedBundle(bundle) => {
+                    let bundle = convert::required("observed_bundle", Some(bundle))?;
+                    self.shared
+                        .driver
+                        .tell(Event::BundleObserved {
+                            session,
+                            node,
+                            bundle,
+                        })
+                        .await?;
+                }
                 Said::GoingAway(v1::GoingAway { reason }) => {
                     let reason: String = reason.chars().take(MAX_TEXT_BYTES).collect();
                     tracing::info!(%node, reason, "agent goes away");
                     return Ok(());
                 }
-                Said::Hello(_) | Said::ObservedPage(_) => {
+                Said::Hello(_) | Said::ObservedPage(_) | Said::ObservedBundlePage(_) => {
                     return Err(protocol(
                         "a hello and pages come once, at the start of a session",
                     ));
@@ -312,15 +348,23 @@ impl Session {
     async fn command(&self, command: Command) -> Result<(), Gone> {
         use v1::coordinator_message::Message as Say;
         match command {
-            Command::Welcome { desired } => {
+            Command::Welcome { desired, bundles } => {
                 self.say(Say::Welcome(self.welcome())).await?;
                 for page in desired_pages(&desired) {
                     self.say(Say::DesiredPage(page)).await?;
+                }
+                for page in pages(&bundles) {
+                    self.say(Say::DesiredBundlePage(page)).await?;
                 }
                 Ok(())
             }
             Command::Desire(member) => self.say(Say::Desired(member.as_ref().into())).await,
             Command::Forget(attempt) => self.say(Say::Forget(attempt.into())).await,
+            Command::DesireBundle(bundle) => {
+                self.say(Say::DesiredBundle(bundle.as_ref().into())).await
+            }
+            Command::ForgetBundle(bundle) => self.say(Say::ForgetBundle(bundle.into())).await,
+            Command::Resync(reason) => self.say(Say::Resync(v1::Resync { reason })).await,
         }
     }
 

@@ -6,13 +6,19 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use trainyard_common::time::Timestamp;
+use trainyard_transport::host;
 
 use super::StoreError;
 
+/// How long another holder is waited for: a coordinator that was killed takes a moment until the kernel has taken it
+/// down, and whoever starts the next one should not meet it.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Bytes of the holder's description that are read.
 const MAX_HOLDER_BYTES: u64 = 1024;
 
@@ -23,11 +29,20 @@ pub struct StateLock {
 }
 
 impl StateLock {
-    /// Takes `dir/coordinator.lock`, making it if need be.
+    /// Takes `dir/coordinator.lock`, making it if need be. It blocks for [`PATIENCE`] at most.
     ///
     /// # Errors
     /// [`StoreError::Held`] with the holder's process, host and start, or [`StoreError::File`].
     pub fn acquire(dir: &Path, now: Timestamp) -> Result<Self, StoreError> {
+        Self::acquire_within(dir, now, PATIENCE)
+    }
+
+    /// The same, waiting for another holder to end for at most `patience`.
+    pub(crate) fn acquire_within(
+        dir: &Path,
+        now: Timestamp,
+        patience: Duration,
+    ) -> Result<Self, StoreError> {
         let path = dir.join("coordinator.lock");
         let failed = |operation, source| StoreError::File {
             operation,
@@ -42,21 +57,24 @@ impl StateLock {
             .mode(0o600)
             .open(&path)
             .map_err(|source| failed("open", source))?;
-        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => file,
-            Err((file, Errno::EWOULDBLOCK)) => {
+        let locked = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Err((file, Errno::EWOULDBLOCK)) => wait(file, patience),
+            at_once => Some(at_once.map_err(|(_, errno)| errno)),
+        };
+        let mut file = match locked {
+            Some(Ok(file)) => file,
+            Some(Err(errno)) => return Err(failed("lock", errno.into())),
+            None => {
                 return Err(StoreError::Held {
                     path: PathBuf::from(dir),
-                    holder: holder(file),
+                    holder: holder(&path),
                 });
             }
-            Err((_, errno)) => return Err(failed("lock", errno.into())),
         };
-        let host = nix::unistd::gethostname().unwrap_or_default();
         let text = format!(
             "pid {}, host {}, since unix ms {}\n",
             std::process::id(),
-            host.display(),
+            host::name().unwrap_or_default(),
             now.0
         );
         file.set_len(0)
@@ -67,9 +85,27 @@ impl StateLock {
     }
 }
 
-fn holder(file: File) -> String {
+/// Waits until whoever holds the lock lets it go; nothing if that takes longer than `patience`.
+fn wait(file: File, patience: Duration) -> Option<Result<Flock<File>, Errno>> {
+    // The kernel wakes a thread that waits for a lock, and knows no time limit for it, so another one waits. If it gets
+    // the lock too late, nobody takes it over, and that drops it.
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let waiter = move || {
+        let locked = Flock::lock(file, FlockArg::LockExclusive);
+        let _ = sender.send(locked.map_err(|(_, errno)| errno));
+    };
+    std::thread::Builder::new()
+        .name("state-lock".to_owned())
+        .spawn(waiter)
+        .ok()?;
+    receiver.recv_timeout(patience).ok()
+}
+
+fn holder(path: &Path) -> String {
     let mut text = String::new();
-    match file.take(MAX_HOLDER_BYTES).read_to_string(&mut text) {
+    let read =
+        File::open(path).and_then(|file| file.take(MAX_HOLDER_BYTES).read_to_string(&mut text));
+    match read {
         Ok(_) if !text.trim().is_empty() => text.trim().to_owned(),
         _ => "it did not say who it is".to_owned(),
     }

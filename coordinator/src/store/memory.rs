@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use trainyard_common::ids::{
-    AttemptRef, ClusterId, JobId, NodeId, Sequence, TaskIndex, Term, TokenId, UserName,
+    AttemptRef, BundleRef, ClusterId, JobId, NodeId, Sequence, TaskIndex, Term, TokenId, UserName,
 };
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, Record, TaskRecord, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, Record, TaskRecord, TokenRecord, UserRecord,
 };
 use trainyard_common::state::{AttemptState, JobState};
 use trainyard_common::time::Timestamp;
@@ -31,6 +31,7 @@ struct Inner {
     jobs: BTreeMap<JobId, JobRecord>,
     tasks: BTreeMap<(JobId, TaskIndex), TaskRecord>,
     attempts: BTreeMap<AttemptRef, AttemptRecord>,
+    bundles: BTreeMap<BundleRef, BundleRecord>,
     nodes: BTreeMap<NodeId, NodeRecord>,
     next_node: u32,
     tokens: BTreeMap<TokenId, TokenRecord>,
@@ -65,6 +66,8 @@ impl Inner {
             Record::Job(job) => drop(self.jobs.insert(job.id, *job)),
             Record::Task(task) => drop(self.tasks.insert((task.job, task.index), *task)),
             Record::Attempt(attempt) => drop(self.attempts.insert(attempt.id, *attempt)),
+            Record::Bundle(bundle) => drop(self.bundles.insert(bundle.id, *bundle)),
+            Record::BundleRemoved(bundle) => drop(self.bundles.remove(&bundle)),
             Record::Node(node) => {
                 self.next_node = self.next_node.max(node.id.0 + 1);
                 self.nodes.insert(node.id, *node);
@@ -106,6 +109,7 @@ impl Inner {
                 .filter(|attempt| attempt.state != AttemptState::Ended)
                 .cloned()
                 .collect(),
+            bundles: self.bundles.values().cloned().collect(),
             nodes: self.nodes.values().cloned().collect(),
             tokens: self
                 .tokens
@@ -241,6 +245,7 @@ impl Store for MemStore {
         let rows = inner.jobs.len()
             + inner.tasks.len()
             + inner.attempts.len()
+            + inner.bundles.len()
             + inner.nodes.len()
             + inner.tokens.len()
             + inner.users.len();

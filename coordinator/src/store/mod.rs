@@ -2,7 +2,7 @@
 //!
 //! | What | How it is kept |
 //! |---|---|
-//! | jobs, tasks, attempts, nodes, tokens, users | durable: one row each, the truth at start-up |
+//! | jobs, tasks, attempts, bundles, nodes, tokens, users | durable: one row each, the truth at start-up |
 //! | every change of a row | durable: the transition log, chained by checksums, written in the same transaction |
 //! | cluster id, term, next ids, last sequence and chain value | durable: the one row of `meta` |
 //! | queues, free amounts, allocations | derived by the core from the rows |

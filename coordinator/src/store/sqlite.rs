@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -54,12 +55,12 @@ CREATE INDEX jobs_submitted ON jobs (submitted_at);
 CREATE TABLE tasks (
     job INTEGER NOT NULL, task INTEGER NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL, row BLOB NOT NULL,
     PRIMARY KEY (job, task)
-) STRICT;
+) STRICT, WITHOUT ROWID;
 CREATE INDEX tasks_live ON tasks (job) WHERE live = 1;
 CREATE TABLE attempts (
     job INTEGER NOT NULL, task INTEGER NOT NULL, attempt INTEGER NOT NULL, open INTEGER NOT NULL, row BLOB NOT NULL,
     PRIMARY KEY (job, task, attempt)
-) STRICT;
+) STRICT, WITHOUT ROWID;
 CREATE INDEX attempts_open ON attempts (job) WHERE open = 1;
 CREATE TABLE nodes (id INTEGER PRIMARY KEY, row BLOB NOT NULL) STRICT;
 CREATE TABLE tokens (id INTEGER PRIMARY KEY, usable INTEGER NOT NULL, expires_at INTEGER NOT NULL, row BLOB NOT NULL)
@@ -69,6 +70,13 @@ CREATE TABLE transitions (
     sequence INTEGER PRIMARY KEY, at INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, row BLOB NOT NULL,
     chain INTEGER NOT NULL
 ) STRICT;
+";
+
+/// Made apart from the others, because states that were made before there were bundles lack it.
+const SCHEMA_OF_BUNDLES: &str = "
+CREATE TABLE IF NOT EXISTS bundles (
+    job INTEGER NOT NULL, bundle INTEGER NOT NULL, row BLOB NOT NULL, PRIMARY KEY (job, bundle)
+) STRICT, WITHOUT ROWID;
 ";
 
 /// State in `state.db`.
@@ -119,6 +127,9 @@ impl SqliteStore {
                     marker: marker.to_owned(),
                 });
             }
+        }
+        if !existed {
+            create_private(&file)?;
         }
         let writer = connect(
             &file,
@@ -248,6 +259,23 @@ fn connect(file: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
     open().map_err(|source| failed("open", file, source))
 }
 
+/// Makes the file of a new database, empty, so that it is nobody else's to read; SQLite gives the same mode to the files
+/// beside it.
+fn create_private(file: &Path) -> Result<(), StoreError> {
+    fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(trainyard_transport::files::PRIVATE_FILE_MODE)
+        .open(file)
+        .map(drop)
+        .map_err(|source| StoreError::File {
+            operation: "create",
+            path: file.to_owned(),
+            source,
+        })
+}
+
 fn prepare(connection: &Connection, file: &Path) -> Result<(), StoreError> {
     let set = || -> rusqlite::Result<String> {
         let mode =
@@ -296,6 +324,7 @@ fn establish(
             known: SCHEMA_VERSION,
         });
     }
+    connection.execute_batch(SCHEMA_OF_BUNDLES).map_err(error)?;
     ClusterId::try_from(cluster.as_slice()).map_err(|bad| corrupt(file, "meta", "1", bad))
 }
 
@@ -306,6 +335,7 @@ fn create(connection: &Connection, file: &Path, now: Timestamp) -> Result<Cluste
         let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
         // Fails if there are tables of somebody else, and then nothing of theirs is touched.
         transaction.execute_batch(SCHEMA)?;
+        transaction.execute_batch(SCHEMA_OF_BUNDLES)?;
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.execute(
             "INSERT INTO meta VALUES (1, ?1, ?2, ?3, 0, 0, 0, 1, 1, 1)",
@@ -327,7 +357,7 @@ fn check_cluster_file(path: &Path, database: &Path, cluster: ClusterId) -> Resul
     };
     if !path.exists() {
         // After the database: a crash between the two makes this run again, and never a cluster without state.
-        return trainyard_transport::files::write_atomic(path, format!("{cluster}\n").as_bytes())
+        return trainyard_transport::files::write_private(path, format!("{cluster}\n").as_bytes())
             .map_err(failed("write"));
     }
     let text = fs::read_to_string(path).map_err(failed("read"))?;
@@ -425,6 +455,8 @@ fn kind_and_key(record: &Record) -> (&'static str, String) {
         Record::Job(job) => ("jobs", job.id.to_string()),
         Record::Task(task) => ("tasks", format!("{}.{}", task.job, task.index)),
         Record::Attempt(attempt) => ("attempts", attempt.id.to_string()),
+        Record::Bundle(bundle) => ("bundles", bundle.id.to_string()),
+        Record::BundleRemoved(bundle) => ("bundles", bundle.to_string()),
         Record::Node(node) => ("nodes", node.id.to_string()),
         Record::NodeRemoved(node) => ("nodes", node.to_string()),
         Record::Token(token) => ("tokens", token.id.to_string()),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rusqlite::Connection;
 use trainyard_common::ids::{NodeId, TokenId};
@@ -9,7 +10,7 @@ use trainyard_common::record::Role;
 use trainyard_common::state::{AttemptState, JobState};
 
 use super::*;
-use crate::testing::{CLUSTER, attempt, job, node, row, task, token, user};
+use crate::testing::{CLUSTER, attempt, bundle, job, node, row, task, token, user};
 
 const NOW: Timestamp = Timestamp(5000);
 
@@ -26,6 +27,10 @@ fn everything() -> Vec<Record> {
         Record::Token(Box::new(token(2, 0, 9000))),
         Record::Token(Box::new(token(3, 1, NOW.0))),
         Record::User(Box::new(user("anna", Role::Admin))),
+        Record::Bundle(Box::new(bundle("j1.b1", 1, 4, 7))),
+        Record::Bundle(Box::new(bundle("j1.b2", 5, 9, 0))),
+        Record::Bundle(Box::new(bundle("j1.b1", 2, 4, 8))),
+        Record::BundleRemoved(bundle("j1.b2", 5, 9, 0).id),
     ]
 }
 
@@ -47,11 +52,11 @@ fn what_was_committed_is_there_at_the_next_start() {
     each(|store, reopen| {
         let term = store.lead().unwrap();
         let last = store.commit(term, NOW, &everything()).unwrap();
-        assert_eq!(last, Sequence(11));
+        assert_eq!(last, Sequence(15));
         let later = reopen();
         assert_eq!(later.cluster(), store.cluster());
         let Loaded { snapshot, sequence } = later.load(NOW, Timestamp(0)).unwrap();
-        assert_eq!(sequence, Sequence(11));
+        assert_eq!(sequence, Sequence(15));
         assert_eq!(
             snapshot.jobs,
             [job(1, JobState::Running), job(2, JobState::Pending)]
@@ -69,6 +74,11 @@ fn what_was_committed_is_there_at_the_next_start() {
         );
         assert_eq!(snapshot.users, [user("anna", Role::Admin)]);
         assert_eq!(
+            snapshot.bundles,
+            [bundle("j1.b1", 2, 4, 8)],
+            "a removed one is gone"
+        );
+        assert_eq!(
             (snapshot.next_job, snapshot.next_node, snapshot.next_token),
             (JobId(3), NodeId(5), TokenId(4))
         );
@@ -76,8 +86,8 @@ fn what_was_committed_is_there_at_the_next_start() {
         assert_eq!(
             report,
             CheckReport {
-                rows: 11,
-                transitions: 11,
+                rows: 12,
+                transitions: 15,
                 sequence
             }
         );
@@ -144,13 +154,13 @@ fn finished_jobs_stay_in_history_and_their_request_ids_are_remembered() {
             [job(2, JobState::Pending)]
         );
         assert_eq!(store.jobs(JobId(2), 9).unwrap(), [done]);
-        let log = store.transitions(Sequence(11), 2).unwrap();
+        let log = store.transitions(Sequence(15), 2).unwrap();
         assert_eq!(
             log.iter().map(|entry| entry.sequence.0).collect::<Vec<_>>(),
-            [12, 13]
+            [16, 17]
         );
         assert_eq!((log[0].at, &log[0].record), (NOW, &records[0]));
-        let removal = store.transitions(Sequence(14), 9).unwrap();
+        let removal = store.transitions(Sequence(18), 9).unwrap();
         assert_eq!(removal.len(), 1);
         assert_eq!(removal[0].record, Record::NodeRemoved(NodeId(4)));
     });
@@ -255,6 +265,14 @@ fn a_damaged_row_is_named_and_never_loaded() {
     );
     assert_eq!(corrupt_at(store.check()), ("nodes", "n4".to_owned()));
     let dir = written();
+    damage(&dir, "UPDATE bundles SET row = zeroblob(40)");
+    let store = open(dir.path()).unwrap();
+    assert_eq!(
+        corrupt_at(store.load(NOW, Timestamp(0))),
+        ("bundles", "j1.b1".to_owned())
+    );
+    assert_eq!(corrupt_at(store.check()), ("bundles", "j1.b1".to_owned()));
+    let dir = written();
     damage(
         &dir,
         "UPDATE jobs SET row = (SELECT row FROM jobs WHERE id = 1) WHERE id = 2",
@@ -270,15 +288,15 @@ fn a_damaged_row_is_named_and_never_loaded() {
 #[test]
 fn a_log_that_was_cut_or_changed_below_sql_is_noticed_at_the_start() {
     for (sql, at) in [
-        ("DELETE FROM transitions WHERE sequence = 12", "12"),
+        ("DELETE FROM transitions WHERE sequence = 16", "16"),
         ("DELETE FROM transitions WHERE sequence = 5", "5"),
         (
             "UPDATE transitions SET row = (SELECT row FROM transitions WHERE sequence = 2) WHERE sequence = 3",
             "3",
         ),
         (
-            "UPDATE transitions SET chain = chain + 1 WHERE sequence = 12",
-            "12",
+            "UPDATE transitions SET chain = chain + 1 WHERE sequence = 16",
+            "16",
         ),
     ] {
         let dir = written();
@@ -346,9 +364,46 @@ fn a_newer_schema_is_refused() {
 fn one_coordinator_at_a_time_and_the_other_learns_who() {
     let dir = tempfile::tempdir().unwrap();
     let lock = StateLock::acquire(dir.path(), NOW).unwrap();
-    let error = StateLock::acquire(dir.path(), NOW).unwrap_err().to_string();
+    let error = StateLock::acquire_within(dir.path(), NOW, Duration::ZERO)
+        .unwrap_err()
+        .to_string();
     let pid = format!("pid {}, host ", std::process::id());
     assert!(error.contains(&pid) && error.contains("since"), "{error}");
     drop(lock);
     StateLock::acquire(dir.path(), NOW).unwrap();
+}
+
+#[test]
+fn files_of_the_state_are_for_nobody_else() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(dir.path(), &dir.path().join("none"), NOW).unwrap();
+    store.lead().unwrap();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir.path()).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{entry:?}");
+        names.push(entry.file_name().into_string().unwrap());
+    }
+    names.sort();
+    assert_eq!(
+        names,
+        ["cluster-id", "state.db", "state.db-shm", "state.db-wal"]
+    );
+}
+
+#[test]
+fn a_coordinator_that_is_just_ending_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = StateLock::acquire(dir.path(), NOW).unwrap();
+    let path = dir.path().to_owned();
+    let (sender, next) = std::sync::mpsc::channel();
+    let waits = std::thread::spawn(move || sender.send(StateLock::acquire(&path, NOW)));
+    // It is not refused at once …
+    next.recv_timeout(Duration::from_millis(300)).unwrap_err();
+    drop(lock);
+    // … and gets the lock when that is let go.
+    waits.join().unwrap().unwrap();
+    next.recv().unwrap().unwrap();
 }

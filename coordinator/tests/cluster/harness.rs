@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
+use trainyard_common::bundle::ObservedBundle;
 use trainyard_common::error::Refusal;
 use trainyard_common::ids::{AttemptRef, ClusterId, NodeId, TokenId};
 use trainyard_common::inventory::Inventory;
@@ -19,7 +20,7 @@ use trainyard_common::spec::JobSpec;
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 use trainyard_coordinator::{Config, Coordinator, start};
-use trainyard_proto::convert::pages::observed_pages;
+use trainyard_proto::convert::pages::{observed_pages, pages};
 use trainyard_proto::status::from_status;
 use trainyard_proto::v1::admin_service_client::AdminServiceClient;
 use trainyard_proto::v1::agent_service_client::AgentServiceClient;
@@ -303,6 +304,7 @@ impl Agent {
         v1::Hello {
             protocol_version: PROTOCOL_VERSION,
             oldest_protocol_version: OLDEST_PROTOCOL_VERSION,
+            opening: 0,
             capabilities: Vec::new(),
             cluster: self.credentials.cluster.0.to_vec(),
             incarnation: 1,
@@ -332,20 +334,33 @@ impl Agent {
         &self,
         observed: &[ObservedMember],
     ) -> (Session, Vec<v1::DesiredMember>) {
+        let (session, members, _) = self.open_with(observed, &[]).await;
+        (session, members)
+    }
+
+    /// Opens a session with members and bundles, and gives what is desired of both.
+    pub(crate) async fn open_with(
+        &self,
+        observed: &[ObservedMember],
+        bundles: &[ObservedBundle],
+    ) -> (Session, Vec<v1::DesiredMember>, Vec<v1::DesiredBundle>) {
         let mut session = self.dial().await;
-        session.greet(self.hello(), observed).await;
+        session.greet_with(self.hello(), observed, bundles).await;
         let welcome = session.next().await;
         assert!(
             matches!(welcome, v1::coordinator_message::Message::Welcome(_)),
             "{welcome:?}"
         );
-        let mut desired = Vec::new();
+        let (mut desired, mut bundles) = (Vec::new(), Vec::new());
         loop {
             match session.next().await {
                 v1::coordinator_message::Message::DesiredPage(page) => {
                     desired.extend(page.members);
+                }
+                v1::coordinator_message::Message::DesiredBundlePage(page) => {
+                    bundles.extend(page.bundles);
                     if page.end.is_some() {
-                        return (session, desired);
+                        return (session, desired, bundles);
                     }
                 }
                 other => panic!("expected a page, got {other:?}"),
@@ -383,11 +398,36 @@ impl Session {
     }
 
     pub(crate) async fn greet(&self, hello: v1::Hello, observed: &[ObservedMember]) {
+        self.greet_with(hello, observed, &[]).await;
+    }
+
+    async fn greet_with(
+        &self,
+        hello: v1::Hello,
+        observed: &[ObservedMember],
+        bundles: &[ObservedBundle],
+    ) {
         self.say(v1::agent_message::Message::Hello(hello)).await;
         for page in observed_pages(observed) {
             self.say(v1::agent_message::Message::ObservedPage(page))
                 .await;
         }
+        for page in pages(bundles) {
+            self.say(v1::agent_message::Message::ObservedBundlePage(page))
+                .await;
+        }
+    }
+
+    pub(crate) async fn desired_bundle(&mut self) -> v1::DesiredBundle {
+        match self.next().await {
+            v1::coordinator_message::Message::DesiredBundle(bundle) => bundle,
+            other => panic!("expected a desired bundle, got {other:?}"),
+        }
+    }
+
+    pub(crate) async fn report_bundle(&self, bundle: &ObservedBundle) {
+        self.say(v1::agent_message::Message::ObservedBundle(bundle.into()))
+            .await;
     }
 
     pub(crate) async fn next(&mut self) -> v1::coordinator_message::Message {

@@ -8,6 +8,7 @@
 
 mod access;
 mod agents;
+mod bundles;
 mod harness;
 mod jobs;
 mod lifecycle;

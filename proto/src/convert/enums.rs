@@ -3,7 +3,7 @@
 
 use trainyard_common::logrecord::LogKind;
 use trainyard_common::member::EndCause;
-use trainyard_common::record::{Role, Target};
+use trainyard_common::record::{BundleState, Role, Target};
 use trainyard_common::spec::{Launcher, OnDisconnect};
 use trainyard_common::state::{
     AttemptState, JobState, MemberPhase, NodeAvailability, NodePolicy, Outcome,
@@ -104,6 +104,7 @@ wire_enum!(EndCause, "a cause of a member's end",
     Completed RankFailed Stopped TimeLimit PrepareFailed CannotExecute SupervisorLost NodeRebooted);
 wire_enum!(NodeAvailability, "a node's availability", Ready Unreachable Lost);
 wire_enum!(NodePolicy, "a node policy", Active Cordoned Draining);
+wire_enum!(BundleState, "a bundle state", Placed Running Closing Stopping Lost);
 wire_enum!(Target, "a target", Local Attached);
 wire_enum!(Role, "a role", Viewer User Operator Admin);
 wire_enum!(LogKind, "a kind of log record", Stdout Stderr Dropped);
@@ -160,6 +161,7 @@ mod tests {
             EndCause "END_CAUSE_",
             NodeAvailability "NODE_AVAILABILITY_",
             NodePolicy "NODE_POLICY_",
+            BundleState "BUNDLE_STATE_",
             Target "TARGET_",
             Role "ROLE_",
             LogKind "LOG_KIND_"

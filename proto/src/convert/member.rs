@@ -21,7 +21,8 @@ impl From<&DesiredMember> for v1::DesiredMember {
             spec,
         } = member;
         let phase = match phase {
-            DesiredPhase::Prepare => Phase::Prepare(v1::Prepare {}),
+            DesiredPhase::Prepare => Phase::Prepare(v1::Prepare { then_start: false }),
+            DesiredPhase::Start => Phase::Prepare(v1::Prepare { then_start: true }),
             DesiredPhase::Run(go) => Phase::Run(go.into()),
             DesiredPhase::Stop(stop) => Phase::Stop(stop.into()),
         };
@@ -44,7 +45,8 @@ impl TryFrom<v1::DesiredMember> for DesiredMember {
             spec,
         } = message;
         let phase = match phase {
-            Some(Phase::Prepare(v1::Prepare {})) => DesiredPhase::Prepare,
+            Some(Phase::Prepare(v1::Prepare { then_start: false })) => DesiredPhase::Prepare,
+            Some(Phase::Prepare(v1::Prepare { then_start: true })) => DesiredPhase::Start,
             Some(Phase::Run(go)) => DesiredPhase::Run(required("run", Some(go))?),
             Some(Phase::Stop(stop)) => DesiredPhase::Stop(required("stop", Some(stop))?),
             None => return Err(InvalidField::missing("phase")),

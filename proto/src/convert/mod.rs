@@ -6,6 +6,7 @@
 //! are not checked here.
 
 mod admin;
+mod bundle;
 mod enums;
 mod inventory;
 mod job;

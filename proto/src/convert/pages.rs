@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::mem;
 
 use prost::Message;
-use trainyard_common::ids::AttemptRef;
+use trainyard_common::bundle::{DesiredBundle, ObservedBundle};
+use trainyard_common::ids::{AttemptRef, BundleRef};
 use trainyard_common::limits;
 use trainyard_common::member::{DesiredMember, ObservedMember};
 
@@ -43,16 +44,36 @@ pub enum PageError {
         /// That of what came.
         found: u32,
     },
-    /// Two members of one attempt.
-    #[error("attempt {0} is in the set twice")]
-    Duplicate(AttemptRef),
+    /// Two members of one attempt, or the same bundle twice.
+    #[error("{0} is in the set twice")]
+    Duplicate(String),
     /// A member cannot be read.
     #[error("a member of the set has a bad field")]
     Member(#[source] InvalidField),
 }
 
-/// A member of a set that travels in pages; [`DesiredMember`] or [`ObservedMember`].
+/// What tells the members of a set apart.
+pub trait PageKey: Copy + Ord + std::fmt::Display + std::fmt::Debug {
+    /// Its encoding, which the digest of the set is over.
+    fn encoded(self) -> Vec<u8>;
+}
+
+impl PageKey for AttemptRef {
+    fn encoded(self) -> Vec<u8> {
+        v1::AttemptRef::from(self).encode_to_vec()
+    }
+}
+
+impl PageKey for BundleRef {
+    fn encoded(self) -> Vec<u8> {
+        v1::BundleRef::from(self).encode_to_vec()
+    }
+}
+
+/// A member of a set that travels in pages: a member of an attempt or a bundle, desired or observed.
 pub trait Paged: Sized + TryFrom<Self::Wire, Error = InvalidField> {
+    /// What it is told apart by; a set has one member of each key at most.
+    type Key: PageKey;
     /// The member on the wire.
     type Wire: Message + for<'a> From<&'a Self>;
     /// The page on the wire.
@@ -62,34 +83,37 @@ pub trait Paged: Sized + TryFrom<Self::Wire, Error = InvalidField> {
     fn page(members: Vec<Self::Wire>, end: Option<v1::SetEnd>) -> Self::Page;
     /// Takes a page apart.
     fn parts(page: Self::Page) -> (Vec<Self::Wire>, Option<v1::SetEnd>);
-    /// The attempt, of which a set has one member at most.
-    fn attempt(&self) -> AttemptRef;
+    /// Its key.
+    fn key(&self) -> Self::Key;
 }
 
 macro_rules! paged {
-    ($member:ident, $page:ident) => {
+    ($member:ident, $page:ident, $list:ident, $key:ident: $key_type:ident) => {
         impl Paged for $member {
+            type Key = $key_type;
             type Wire = v1::$member;
             type Page = v1::$page;
 
-            fn page(members: Vec<v1::$member>, end: Option<v1::SetEnd>) -> v1::$page {
-                v1::$page { members, end }
+            fn page($list: Vec<v1::$member>, end: Option<v1::SetEnd>) -> v1::$page {
+                v1::$page { $list, end }
             }
 
             fn parts(page: v1::$page) -> (Vec<v1::$member>, Option<v1::SetEnd>) {
-                let v1::$page { members, end } = page;
-                (members, end)
+                let v1::$page { $list, end } = page;
+                ($list, end)
             }
 
-            fn attempt(&self) -> AttemptRef {
-                self.attempt
+            fn key(&self) -> $key_type {
+                self.$key
             }
         }
     };
 }
 
-paged!(DesiredMember, DesiredPage);
-paged!(ObservedMember, ObservedPage);
+paged!(DesiredMember, DesiredPage, members, attempt: AttemptRef);
+paged!(ObservedMember, ObservedPage, members, attempt: AttemptRef);
+paged!(DesiredBundle, DesiredBundlePage, bundles, bundle: BundleRef);
+paged!(ObservedBundle, ObservedBundlePage, bundles, bundle: BundleRef);
 
 /// The pages of what an agent observed; at least one.
 #[must_use]
@@ -117,7 +141,7 @@ pub fn pages<T: Paged>(members: &[T]) -> Vec<T::Page> {
             page_bytes = 0;
         }
         let wire = T::Wire::from(member);
-        digest.add(member.attempt());
+        digest.add(member.key());
         page_bytes += wire.encoded_len();
         page.push(wire);
     }
@@ -138,9 +162,8 @@ pub struct SetDigest {
 
 impl SetDigest {
     /// Takes one more member into account.
-    pub fn add(&mut self, attempt: AttemptRef) {
-        self.hasher
-            .update(&v1::AttemptRef::from(attempt).encode_to_vec());
+    pub fn add(&mut self, key: impl PageKey) {
+        self.hasher.update(&key.encoded());
         self.count += 1;
     }
 
@@ -157,18 +180,18 @@ impl SetDigest {
 
 /// Puts a set together from its pages. Holds at most [`limits::MAX_MEMBERS_PER_NODE`] members.
 #[derive(Debug)]
-pub struct Assembler<T> {
+pub struct Assembler<T: Paged> {
     members: Vec<T>,
-    attempts: BTreeSet<AttemptRef>,
+    keys: BTreeSet<T::Key>,
     digest: SetDigest,
     ended: bool,
 }
 
-impl<T> Default for Assembler<T> {
+impl<T: Paged> Default for Assembler<T> {
     fn default() -> Self {
         Self {
             members: Vec::new(),
-            attempts: BTreeSet::new(),
+            keys: BTreeSet::new(),
             digest: SetDigest::default(),
             ended: false,
         }
@@ -207,9 +230,10 @@ impl<T: Paged> Assembler<T> {
     fn take(&mut self, wire: T::Wire) -> Result<(), PageError> {
         let member = T::try_from(wire)
             .map_err(|e| PageError::Member(e.under(&format!("members[{}]", self.members.len()))))?;
-        self.digest.add(member.attempt());
-        if !self.attempts.insert(member.attempt()) {
-            return Err(PageError::Duplicate(member.attempt()));
+        let key = member.key();
+        self.digest.add(key);
+        if !self.keys.insert(key) {
+            return Err(PageError::Duplicate(key.to_string()));
         }
         self.members.push(member);
         Ok(())

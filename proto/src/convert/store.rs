@@ -83,6 +83,8 @@ impl From<(Timestamp, &Record)> for v1::Transition {
             Record::NodeRemoved(node) => Row::NodeRemoved(node.0),
             Record::Token(token) => Row::Token(token.as_ref().into()),
             Record::User(user) => Row::User(user.as_ref().into()),
+            Record::Bundle(bundle) => Row::Bundle(bundle.as_ref().into()),
+            Record::BundleRemoved(bundle) => Row::BundleRemoved(bundle.into()),
         };
         Self {
             at: Some(timestamp(at)),
@@ -108,6 +110,12 @@ impl TryFrom<v1::Transition> for (Timestamp, Record) {
             Some(Row::NodeRemoved(node)) => Record::NodeRemoved(node_id("node_removed", node)?),
             Some(Row::Token(token)) => Record::Token(Box::new(required("token", Some(token))?)),
             Some(Row::User(user)) => Record::User(Box::new(required("user", Some(user))?)),
+            Some(Row::Bundle(bundle)) => {
+                Record::Bundle(Box::new(required("bundle", Some(bundle))?))
+            }
+            Some(Row::BundleRemoved(bundle)) => {
+                Record::BundleRemoved(required("bundle_removed", Some(bundle))?)
+            }
             None => return Err(InvalidField::missing("row")),
         };
         Ok((at, record))

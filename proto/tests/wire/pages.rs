@@ -164,7 +164,7 @@ fn doubled_empty_late_and_unreadable_pages_are_refused() {
 
     let doubled = vec![pages[0].clone(), pages[0].clone()];
     let refused = assemble::<ObservedMember>(doubled);
-    assert_eq!(refused, Err(PageError::Duplicate(attempt(1))));
+    assert_eq!(refused, Err(PageError::Duplicate(attempt(1).to_string())));
 
     let mut assembler = Assembler::<ObservedMember>::new();
     let empty = v1::ObservedPage::default();

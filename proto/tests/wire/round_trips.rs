@@ -4,11 +4,12 @@ use std::fmt::Debug;
 
 use proptest::prelude::*;
 use prost::Message;
+use trainyard_common::bundle::{DesiredBundle, ObservedBundle};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::inventory::Inventory;
 use trainyard_common::member::{DesiredMember, ObservedMember, RankEnd};
 use trainyard_common::record::{
-    AttemptRecord, JobRecord, NodeRecord, Record, TaskRecord, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, JobRecord, NodeRecord, Record, TaskRecord, TokenRecord, UserRecord,
 };
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::JobSpec;
@@ -63,6 +64,9 @@ round_trips! {
     users: UserRecord => v1::User, strategies::user_record();
     desired_members: DesiredMember => v1::DesiredMember, strategies::desired();
     observed_members: ObservedMember => v1::ObservedMember, strategies::observed();
+    bundles: BundleRecord => v1::Bundle, strategies::bundle_record();
+    desired_bundles: DesiredBundle => v1::DesiredBundle, strategies::desired_bundle();
+    observed_bundles: ObservedBundle => v1::ObservedBundle, strategies::observed_bundle();
 }
 
 proptest! {

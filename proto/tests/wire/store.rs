@@ -67,6 +67,7 @@ fn golden() -> (Timestamp, Record) {
             timed_out: 1,
         },
         next_fresh: TaskIndex(9),
+        bundles: 0,
         submitted_at: Timestamp(1_700_000_000_001),
         started_at: Some(Timestamp(1_700_000_000_002)),
         ended_at: Some(Timestamp(1_700_000_000_003)),

@@ -8,9 +8,12 @@ use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
+use trainyard_common::bundle::{
+    BundlePhase, DesiredBundle, ObservedBundle, ObservedBundlePhase, TaskRange, TaskReport, TaskSet,
+};
 use trainyard_common::ids::{
-    AttemptNumber, AttemptRef, Digest, Incarnation, JobId, NodeId, RequestId, TaskIndex, TokenId,
-    UserName, WorkspaceName,
+    AttemptNumber, AttemptRef, BundleRef, Digest, Incarnation, JobId, NodeId, RequestId, TaskIndex,
+    TokenId, UserName, WorkspaceName,
 };
 use trainyard_common::inventory::{Cpu, Disk, Gpu, Interface, Inventory, NumaNode};
 use trainyard_common::member::{
@@ -18,8 +21,8 @@ use trainyard_common::member::{
     RankEnd, Stop,
 };
 use trainyard_common::record::{
-    AttemptRecord, CancelRequest, JobRecord, MemberRecord, NodeRecord, Record, Role, Target,
-    TaskCounts, TaskRecord, TokenGrant, TokenRecord, UserRecord,
+    AttemptRecord, BundleRecord, BundleState, CancelRequest, JobRecord, MemberRecord, NodeRecord,
+    Record, Role, Target, TaskCounts, TaskRecord, TokenGrant, TokenRecord, UserRecord,
 };
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::{Array, JobSpec, Launcher, OnDisconnect};
@@ -197,14 +200,14 @@ pub(crate) fn job() -> impl Strategy<Value = JobRecord> {
         select(JobState::ALL),
         reason(),
         counts(),
-        any::<u32>(),
+        any::<(u32, u32)>(),
         option::of((user(), time()).prop_map(|(by, at)| CancelRequest { by, at })),
         option::of(exit()),
     );
     let times = (time(), option::of(time()), option::of(time()));
     (request, state, times).prop_map(|(request, state, times)| {
         let (id, owner, request_id, request_digest, spec) = request;
-        let (state, reason, tasks, next_fresh, cancel, exit) = state;
+        let (state, reason, tasks, (next_fresh, bundles), cancel, exit) = state;
         let (submitted_at, started_at, ended_at) = times;
         JobRecord {
             id,
@@ -216,6 +219,7 @@ pub(crate) fn job() -> impl Strategy<Value = JobRecord> {
             reason,
             tasks,
             next_fresh: TaskIndex(next_fresh),
+            bundles,
             submitted_at,
             started_at,
             ended_at,
@@ -500,6 +504,8 @@ pub(crate) fn record() -> impl Strategy<Value = Record> {
         node_id().prop_map(Record::NodeRemoved),
         token().prop_map(|row| Record::Token(Box::new(row))),
         user_record().prop_map(|row| Record::User(Box::new(row))),
+        bundle_record().prop_map(|row| Record::Bundle(Box::new(row))),
+        bundle_ref().prop_map(Record::BundleRemoved),
     ]
 }
 
@@ -552,7 +558,12 @@ pub(crate) fn desired() -> impl Strategy<Value = DesiredMember> {
     });
     let stop = (select(ReasonCode::ALL), duration())
         .prop_map(|(code, grace)| DesiredPhase::Stop(Stop { code, grace }));
-    let phase = prop_oneof![Just(DesiredPhase::Prepare), go, stop];
+    let phase = prop_oneof![
+        Just(DesiredPhase::Prepare),
+        Just(DesiredPhase::Start),
+        go,
+        stop
+    ];
     (attempt_ref(), phase, member_spec()).prop_map(|(attempt, phase, spec)| DesiredMember {
         attempt,
         phase,
@@ -597,5 +608,97 @@ pub(crate) fn observed() -> impl Strategy<Value = ObservedMember> {
         attempt,
         node_rank,
         phase,
+    })
+}
+
+pub(crate) fn bundle_ref() -> impl Strategy<Value = BundleRef> {
+    (1..=u64::MAX, 1..=u32::MAX).prop_map(|(job, bundle)| BundleRef {
+        job: JobId(job),
+        bundle,
+    })
+}
+
+fn task_range() -> impl Strategy<Value = TaskRange> {
+    any::<[u32; 2]>().prop_map(|ends| TaskRange {
+        first: TaskIndex(ends[0].min(ends[1])),
+        last: TaskIndex(ends[0].max(ends[1])),
+    })
+}
+
+fn task_set() -> impl Strategy<Value = TaskSet> {
+    vec(task_range(), 0..4).prop_map(|ranges| ranges.into_iter().collect())
+}
+
+pub(crate) fn bundle_record() -> impl Strategy<Value = BundleRecord> {
+    let whose = (bundle_ref(), user(), workspace(), node_id());
+    let state = (select(BundleState::ALL), reason(), task_set(), any::<u64>());
+    let given = (1..=u32::MAX, resources(), time());
+    (whose, state, given).prop_map(|(whose, state, given)| {
+        let (id, owner, workspace, node) = whose;
+        let (state, reason, tasks, recorded) = state;
+        let (slots, resources, placed_at) = given;
+        BundleRecord {
+            id,
+            owner,
+            workspace,
+            state,
+            reason,
+            node,
+            slots,
+            resources,
+            tasks,
+            recorded,
+            placed_at,
+        }
+    })
+}
+
+pub(crate) fn desired_bundle() -> impl Strategy<Value = DesiredBundle> {
+    let stop = (select(ReasonCode::ALL), duration())
+        .prop_map(|(code, grace)| BundlePhase::Stop(Stop { code, grace }));
+    let phase = prop_oneof![Just(BundlePhase::Run), Just(BundlePhase::Close), stop];
+    let spec = option::of(member_spec().prop_map(Box::new));
+    let what = (1..=u32::MAX, phase, task_set(), any::<u64>(), spec);
+    (bundle_ref(), what).prop_map(|(bundle, what)| {
+        let (slots, phase, tasks, recorded, spec) = what;
+        DesiredBundle {
+            bundle,
+            slots,
+            phase,
+            tasks,
+            recorded,
+            spec,
+        }
+    })
+}
+
+fn task_report() -> impl Strategy<Value = TaskReport> {
+    let task = || any::<u32>().prop_map(TaskIndex);
+    prop_oneof![
+        (task(), time()).prop_map(|(task, at)| TaskReport::Started { task, at }),
+        (task(), option::of(time()), ending()).prop_map(|(task, started_at, ending)| {
+            TaskReport::Ended {
+                task,
+                started_at,
+                ending: Box::new(ending),
+            }
+        }),
+        task_range().prop_map(TaskReport::Returned),
+    ]
+}
+
+pub(crate) fn observed_bundle() -> impl Strategy<Value = ObservedBundle> {
+    let phase = prop_oneof![
+        Just(ObservedBundlePhase::Preparing),
+        Just(ObservedBundlePhase::Running),
+        (text(), any::<u64>())
+            .prop_map(|(message, total)| ObservedBundlePhase::Ended { message, total }),
+    ];
+    let reports = (any::<u64>(), vec(task_report(), 0..4));
+    (bundle_ref(), phase, reports).prop_map(|(bundle, phase, (first, reports))| ObservedBundle {
+        bundle,
+        phase,
+        first,
+        reports,
     })
 }

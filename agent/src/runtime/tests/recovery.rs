@@ -171,9 +171,11 @@ async fn a_reboot_is_told_and_no_number_is_trusted() {
     world.gone().await;
     // As the disk would look after a power loss: another boot, no ending.
     std::fs::remove_file(dir.status()).unwrap();
-    let (_, mut settings) = client::read_member(&dir).unwrap();
-    settings.boot_id = "another".to_owned();
-    dir::write_json(&dir.settings(), &settings).unwrap();
+    // What was not synced may be missing, too; that must not look as if nothing had been started.
+    std::fs::remove_file(dir.go()).unwrap();
+    let mut member = client::read_member(&dir).unwrap();
+    member.settings.boot_id = "another".to_owned();
+    dir::write_json(&dir.member(), &member).unwrap();
     // Whoever has the shim's number now is not to be touched.
     let mut bystander = std::process::Command::new("sleep")
         .arg("100000")
@@ -188,6 +190,7 @@ async fn a_reboot_is_told_and_no_number_is_trusted() {
         panic!("not gone: {recovered:?}");
     };
     assert_eq!(ending.cause, EndCause::NodeRebooted);
+    assert!(ending.started);
     assert_eq!(only_rank(ending), (ExitStatus::Unknown, false));
     assert!(bystander.try_wait().unwrap().is_none());
     bystander.kill().unwrap();

@@ -204,7 +204,7 @@ async fn a_mapped_user_owns_what_is_its_own_and_nothing_else() {
     }
     let script = "id -u; id -g; echo $HOME $USER; cat given/file; echo x > given/new
         echo x > $YARD_OUTPUT_DIR/out && echo x > $YARD_CHECKPOINT_FILE && echo x > $TMPDIR/x || exit 1
-        cat ../member.json ../settings.json; ls ..; ls ../logs; echo x > ../go.json
+        cat ../member.json; ls ..; ls ../logs; echo x > ../go.json
         exit 0";
     let (attempt, port) = world.ready(sh(script)).await;
     let given = world.work(attempt, "given");
@@ -366,5 +366,64 @@ async fn a_rank_without_memory_is_told_from_one_that_was_killed() {
             "rank 0 was killed by the kernel for want of memory"
         );
     }
-    std::fs::remove_dir(&group).unwrap();
+    // The spare shim is in it too, and leaves with its agent.
+    drop(world);
+    until(|| std::fs::remove_dir(&group).is_ok()).await;
+}
+
+#[tokio::test]
+async fn a_rank_is_born_in_the_cgroup_of_its_attempt() {
+    let mut world = World::new();
+    let (attempt, ending) = world.run(sh("cat /proc/self/cgroup")).await;
+    assert_eq!(ending.cause, EndCause::Completed, "{ending:?}");
+    let cgroup = world.shim(attempt).cgroup;
+    let inside = world
+        .stdout(attempt, 0)
+        .contains(&format!("trainyard-{attempt}-"));
+    // Where the machine lets us make none, the shim has none either.
+    assert_eq!(inside, cgroup.is_some());
+}
+
+#[tokio::test]
+async fn a_spare_shim_takes_the_next_member_and_leaves_with_the_agent() {
+    let mut world = World::new();
+    world.run(sh("exit 0")).await;
+    let shims = world.runtime.inner.shims.clone();
+    until(|| shims.spare().is_some()).await;
+    let spare = shims.spare().unwrap();
+    let attempt = world.accept(2, sh("echo here; exit 3")).await;
+    world.runtime.spawn_shim(attempt).await.unwrap();
+    let ShimState::Ready { port } = world.next().await else {
+        panic!("not ready");
+    };
+    world.runtime.go(attempt, &go(port), None).await.unwrap();
+    let ending = world.gone().await;
+    assert_eq!(only_rank(&ending).0, ExitStatus::Code(3));
+    assert_eq!(world.stdout(attempt, 0), "here\n");
+    assert_eq!(world.shim(attempt).pid, spare);
+    assert!(world.runtime.dir(attempt).shim_log().exists());
+    until(|| shims.spare().is_some()).await;
+    let spare = shims.spare().unwrap();
+    // The process that has the other end of its connection ends.
+    drop(shims.take());
+    until(|| Process::find(spare).is_none_or(|process| process.is_zombie)).await;
+}
+
+#[tokio::test]
+async fn a_spare_shim_that_died_is_not_missed() {
+    let mut world = World::new();
+    world.run(sh("exit 0")).await;
+    let shims = world.runtime.inner.shims.clone();
+    until(|| shims.spare().is_some()).await;
+    let spare = shims.spare().unwrap();
+    kill(Pid::from_raw(spare), nix::sys::signal::Signal::SIGKILL).unwrap();
+    until(|| Process::find(spare).is_none_or(|process| process.is_zombie)).await;
+    let attempt = world.accept(2, sh("exit 4")).await;
+    world.runtime.spawn_shim(attempt).await.unwrap();
+    let ShimState::Ready { port } = world.next().await else {
+        panic!("not ready");
+    };
+    world.runtime.go(attempt, &go(port), None).await.unwrap();
+    assert_eq!(only_rank(&world.gone().await).0, ExitStatus::Code(4));
+    assert_ne!(world.shim(attempt).pid, spare);
 }

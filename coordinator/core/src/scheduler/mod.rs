@@ -8,7 +8,7 @@ mod problem;
 use std::collections::{BTreeMap, BTreeSet};
 
 use trainyard_common::error::{ErrorCode, Refusal};
-use trainyard_common::ids::{AttemptNumber, AttemptRef, JobId, NodeId};
+use trainyard_common::ids::{AttemptNumber, AttemptRef, BundleRef, JobId, NodeId};
 use trainyard_common::limits;
 use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, NodeRecord, Target};
 use trainyard_common::resources::Resources;
@@ -18,6 +18,7 @@ use trainyard_common::state::{
 };
 use trainyard_common::time::Timestamp;
 
+use self::explain::Impossible;
 use self::placement::{Bounds, Placement, Plan, Verdict, fits_empty, solve, suits};
 use self::problem::{Demand, GpuView, Group, Models, NodeView, Reach, Which};
 use crate::Core;
@@ -46,15 +47,93 @@ impl Core {
             bounds,
         );
         let ids: Vec<NodeId> = nodes.iter().map(|node| node.id).collect();
-        for placement in &plan.placements {
-            if self.apply(now, placement, &ids).is_none() {
-                let message = format!("a planned place for {} does not hold", placement.job);
-                let reason = Reason::new(ReasonCode::InsufficientFree, message);
-                self.later.push(Effect::Note(Urgency::Error, None, reason));
+        let mut handed = BTreeSet::new();
+        for planned in plan
+            .placements
+            .chunk_by(|a, b| (a.job, a.which) == (b.job, b.which))
+        {
+            handed.extend(self.apply_all(now, planned, &ids));
+        }
+        handed.extend(self.fill_ahead(plan.reached));
+        // Fresh tasks also run out where they are placed one by one.
+        let fresh = plan.placements.iter().filter(|p| p.which == Which::Fresh);
+        self.tell_handed(handed, fresh.map(|placement| placement.job).collect());
+        self.wants_schedule |= plan.more;
+        self.explain(&plan, &nodes, &models);
+    }
+
+    /// Makes placements of one group true. Fresh tasks that may be bundled are handed out together; gives the bundles
+    /// that changed by that.
+    fn apply_all(
+        &mut self,
+        now: Timestamp,
+        planned: &[Placement],
+        ids: &[NodeId],
+    ) -> BTreeSet<BundleRef> {
+        let mut handed = BTreeSet::new();
+        let Some(first) = planned.first() else {
+            return handed;
+        };
+        let bundled = first.which == Which::Fresh
+            && self
+                .t
+                .jobs
+                .get(&first.job)
+                .is_some_and(|job| self.bundles_tasks(job));
+        if !bundled {
+            self.apply_each(now, planned, ids);
+            return handed;
+        }
+        let mut by_node: BTreeMap<usize, u32> = BTreeMap::new();
+        for seat in planned.iter().flat_map(|placement| &placement.members) {
+            *by_node.entry(seat.node).or_default() += 1;
+        }
+        for (ordinal, tasks) in by_node {
+            let open = |node: &&NodeId| {
+                let node = self.t.nodes.get(node);
+                node.is_some_and(|node| self.is_open(node))
+            };
+            let node = ids.get(ordinal).filter(open).copied();
+            match node.and_then(|node| self.hand_out(now, first.job, node, tasks)) {
+                Some((changed, left)) => {
+                    handed.extend(changed);
+                    let here = |placement: &&Placement| {
+                        placement.members.iter().any(|seat| seat.node == ordinal)
+                    };
+                    let left = usize::try_from(left).unwrap_or(usize::MAX);
+                    let rest = planned.iter().filter(here).take(left);
+                    self.apply_each(now, rest, ids);
+                }
+                None => self.does_not_hold(first.job),
             }
         }
-        self.wants_schedule |= plan.more;
-        self.explain(&plan, &nodes);
+        handed
+    }
+
+    fn apply_each<'a>(
+        &mut self,
+        now: Timestamp,
+        planned: impl IntoIterator<Item = &'a Placement>,
+        ids: &[NodeId],
+    ) {
+        for placement in planned {
+            if self.apply(now, placement, ids).is_none() {
+                self.does_not_hold(placement.job);
+            }
+        }
+    }
+
+    fn does_not_hold(&mut self, job: JobId) {
+        let message = format!("a planned place for {job} does not hold");
+        let reason = Reason::new(ReasonCode::InsufficientFree, message);
+        self.later.push(Effect::Note(Urgency::Error, None, reason));
+    }
+
+    /// What is free of a node.
+    pub(crate) fn free_on(&self, node: NodeId) -> Option<Resources> {
+        let record = self.t.nodes.get(&node)?;
+        let none = Usage::default();
+        Some(free(record, self.t.usage.get(&node).unwrap_or(&none)))
     }
 
     /// Every node that was seen and is not lost, as placement sees it. Models are numbered on the way.
@@ -92,7 +171,10 @@ impl Core {
             .array
             .and_then(|array| array.max_running)
             .unwrap_or(u32::MAX);
-        let mut room = most.saturating_sub(job.tasks.active);
+        // Of a bundle only what runs at a time counts, not what it holds ahead.
+        let bundled = self.t.bundled.get(&job.id).copied().unwrap_or_default();
+        let single = job.tasks.active.saturating_sub(bundled.tasks);
+        let mut room = most.saturating_sub(single.saturating_add(bundled.width));
         let demand = demand(&job.spec, models);
         let mut groups = Vec::new();
         let fresh = fresh_tasks(job);
@@ -249,7 +331,7 @@ impl Core {
     }
 
     /// Tells each job that waits why, if that changed.
-    fn explain(&mut self, plan: &Plan, nodes: &[NodeView]) {
+    fn explain(&mut self, plan: &Plan, nodes: &[NodeView], models: &Models) {
         // A retry and the fresh tasks of a job have the same demand; the first that waits speaks for the job.
         let mut told: BTreeSet<JobId> = BTreeSet::new();
         for (id, demand, verdict) in &plan.verdicts {
@@ -263,7 +345,7 @@ impl Core {
             if job.tasks.active > 0 {
                 continue;
             }
-            let reason = self.reason(job, demand, verdict, nodes);
+            let reason = self.reason(job, demand, verdict, nodes, models);
             if job.reason != reason
                 && let Some(job) = self.t.job_mut(*id)
             {
@@ -278,13 +360,14 @@ impl Core {
         demand: &Demand,
         verdict: &Verdict,
         nodes: &[NodeView],
+        models: &Models,
     ) -> Reason {
         match verdict {
             Verdict::Placed | Verdict::Blocked => Reason::new(
                 ReasonCode::InsufficientFree,
                 explain::blocked(nodes, demand, &job.spec),
             ),
-            Verdict::Infeasible => self.infeasible_reason(&job.spec, demand, nodes),
+            Verdict::Infeasible => self.infeasible_reason(&job.spec, demand, nodes, models),
             Verdict::Behind { head, position } if *position <= BEHIND_NAMED => {
                 let message =
                     format!("waits behind {head}, which is first in line and does not fit yet");
@@ -297,17 +380,21 @@ impl Core {
     }
 
     /// Why the open nodes could never hold it: there is none, others could, or none could.
-    fn infeasible_reason(&self, spec: &JobSpec, demand: &Demand, nodes: &[NodeView]) -> Reason {
+    fn infeasible_reason(
+        &self,
+        spec: &JobSpec,
+        demand: &Demand,
+        nodes: &[NodeView],
+        models: &Models,
+    ) -> Reason {
         if nodes.is_empty() {
             return no_node_yet();
         }
         let mut all = nodes.to_vec();
         all.iter_mut().for_each(|node| node.open = true);
         if !fits_empty(&all, demand) {
-            return Reason::new(
-                ReasonCode::Infeasible,
-                explain::infeasible(nodes, demand, spec),
-            );
+            let impossible = explain::infeasible(nodes, demand, spec, models);
+            return Reason::new(ReasonCode::Infeasible, impossible.message);
         }
         let closed: Vec<&NodeRecord> = nodes
             .iter()
@@ -392,18 +479,15 @@ impl Shapes {
         if *self.feasible.entry(demand.clone()).or_insert_with(fits) {
             return Ok(Reason::new(ReasonCode::Queued, "waits for its first turn"));
         }
-        let message = explain::infeasible(&self.nodes, &demand, spec);
+        let Impossible { field, message } =
+            explain::infeasible(&self.nodes, &demand, spec, &self.models);
         if allow_infeasible {
             return Ok(Reason::new(ReasonCode::Infeasible, message));
         }
-        let message = format!(
-            "{message}; ask for less, add nodes, or submit with --allow-infeasible to wait for them"
-        );
-        Err(Refusal::new(
-            ErrorCode::FailedPrecondition,
-            "INFEASIBLE",
-            message,
-        ))
+        let remedy = "ask for less, add nodes, or submit with --allow-infeasible to wait for them";
+        let message = format!("{field}: {message}; {remedy}");
+        let code = ErrorCode::FailedPrecondition;
+        Err(Refusal::new(code, "INFEASIBLE", message).at(field))
     }
 }
 

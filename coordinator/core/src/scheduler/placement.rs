@@ -49,6 +49,8 @@ pub(crate) struct Plan {
     pub(crate) verdicts: Vec<(JobId, Demand, Verdict)>,
     /// Whether the round stopped at its bound and another one is due.
     pub(crate) more: bool,
+    /// The job that is first in line and did not fit, or at which the bound was met: those behind it get nothing.
+    pub(crate) reached: Option<JobId>,
 }
 
 /// How much one round may do.
@@ -85,12 +87,14 @@ pub(crate) fn solve(
                 Some(verdict) => verdict,
                 None => {
                     plan.more = true;
+                    plan.reached = Some(group.job);
                     return plan;
                 }
             },
         };
         if verdict == Verdict::Blocked {
             head = Some(group.job);
+            plan.reached = head;
         }
         if head.is_some() {
             behind += 1;

@@ -122,6 +122,12 @@ impl Models {
         number
     }
 
+    /// The product name of a model.
+    pub(crate) fn name(&self, model: ModelId) -> Option<&str> {
+        let place = usize::try_from(model).ok()?;
+        self.names.get(place).map(String::as_str)
+    }
+
     /// The models that a request names: every run of letters and digits of it occurs in the name, in any case.
     pub(crate) fn matching(&self, wanted: &str) -> BTreeSet<ModelId> {
         let wanted = wanted.to_ascii_lowercase();

@@ -39,7 +39,7 @@ fn the_whole_life_of_a_job() {
             "j1.0 PREPARING PLACED",
             "j1.0.1 PLACED [n1 UNCONFIRMED]",
         ],
-        &["n1: prepare j1.0.1"],
+        &["n1: start j1.0.1"],
     );
     env.report(1, "j1.0.1", 0, ObservedPhase::Preparing);
     env.expect_all(&["j1.0.1 PREPARING [n1 PREPARING]"], &[]);
@@ -89,6 +89,79 @@ fn the_whole_life_of_a_job() {
         (Some(env.now), Some(env.now))
     );
     assert!(env.core.t.usage.is_empty());
+}
+
+#[test]
+fn an_end_that_is_heard_of_late_counts_from_when_it_was() {
+    let late = |ends: [u64; 2]| {
+        let mut env = TestEnv::new();
+        env.node(0);
+        env.node(0);
+        env.start(gpu_spec(2, 0));
+        env.run("j1.0.1", &[1, 2]);
+        let started = env.now;
+        // Nobody listens while it ends.
+        env.now = started.after(Duration::from_secs(3600));
+        for (rank, end) in (0..).zip(ends) {
+            let mut ending = completed(rank);
+            ending.ranks[0].at = Timestamp(started.0 + end);
+            env.report(rank + 1, "j1.0.1", rank, ObservedPhase::Ended(ending));
+        }
+        env.words();
+        let attempt = &env.store.attempts[&attempt("j1.0.1")];
+        let (task, job) = (
+            &env.store.tasks[&(JobId(1), TaskIndex(0))],
+            &env.store.jobs[&JobId(1)],
+        );
+        assert_eq!([attempt.ended_at, task.ended_at], [job.ended_at; 2]);
+        assert_eq!(job.started_at, Some(started));
+        job.ended_at.unwrap().since(started)
+    };
+    assert_eq!(
+        late([5000, 7000]),
+        Duration::from_secs(7),
+        "the last rank of all"
+    );
+    // A clock that is wrong moves nothing beyond what we know ourselves.
+    assert_eq!(late([5000, 9_000_000]), Duration::from_secs(3600));
+    let mut env = TestEnv::new();
+    env.node(0);
+    env.start(gpu_spec(1, 0));
+    env.run("j1.0.1", &[1]);
+    let mut early = completed(0);
+    early.ranks[0].at = Timestamp(1);
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ended(early));
+    env.words();
+    let job = &env.store.jobs[&JobId(1)];
+    assert_eq!(job.ended_at, job.started_at);
+}
+
+#[test]
+fn the_only_member_of_a_gang_may_run_without_ever_being_ready() {
+    let mut env = TestEnv::new();
+    env.node(1);
+    env.submit("alice", "r1", gpu_spec(1, 1));
+    env.schedule();
+    env.words();
+    env.changes();
+    let started_at = env.now;
+    env.report(1, "j1.0.1", 0, ObservedPhase::Running { started_at });
+    env.expect_all(
+        &[
+            "j1 RUNNING RUNNING",
+            "j1.0 RUNNING RUNNING",
+            "j1.0.1 RUNNING [n1 RUNNING]",
+        ],
+        &[],
+    );
+    // It is late no more, and an agent without orders is told the same again.
+    env.pass(Config::default().prepare_timeout * 2);
+    env.expect_all(&[], &[]);
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ready { port: 4711 });
+    env.expect_all(&[], &[]);
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ended(completed(0)));
+    env.expect(&["n1: forget j1.0.1", "schedule"]);
+    assert!(env.job(1).starts_with("SUCCEEDED"), "{}", env.job(1));
 }
 
 #[test]
@@ -271,7 +344,7 @@ fn retries_are_for_failures_of_the_job() {
         "PENDING RETRYING: attempt 1: rank 0 on n1 exited with 1; retry 1 of 1"
     );
     env.schedule();
-    env.expect(&["n1: prepare j1.0.2"]);
+    env.expect(&["n1: start j1.0.2"]);
     env.run("j1.0.2", &[1]);
     // A late word of the first attempt is none of the second's.
     env.report(1, "j1.0.1", 0, failed(0, 3));
@@ -324,14 +397,14 @@ fn the_second_interruption_in_a_row_is_not_tried_again_at_once() {
     let lost = || ObservedPhase::Ended(ending(EndCause::SupervisorLost, 0, &[ExitStatus::Unknown]));
     env.report(1, "j1.0.1", 0, lost());
     env.schedule();
-    env.expect(&["n1: forget j1.0.1", "schedule", "n1: prepare j1.0.2"]);
+    env.expect(&["n1: forget j1.0.1", "schedule", "n1: start j1.0.2"]);
     env.report(1, "j1.0.2", 0, lost());
     env.schedule();
     env.expect(&["n1: forget j1.0.2", "schedule"]);
     env.pass(Duration::from_secs(1));
     env.expect(&["schedule"]);
     env.schedule();
-    env.expect(&["n1: prepare j1.0.3"]);
+    env.expect(&["n1: start j1.0.3"]);
 }
 
 #[test]
@@ -347,7 +420,7 @@ fn the_next_attempt_avoids_the_node_that_failed() {
         ObservedPhase::Ended(ending(EndCause::PrepareFailed, 0, &[])),
     );
     env.schedule();
-    env.expect(&["n1: forget j1.0.1", "schedule", "n2: prepare j1.0.2"]);
+    env.expect(&["n1: forget j1.0.1", "schedule", "n2: start j1.0.2"]);
 }
 
 #[test]
@@ -405,7 +478,7 @@ fn what_a_member_held_is_free_when_its_processes_are_gone_and_not_before() {
     );
     env.report(1, "j1.0.1", 0, ObservedPhase::Uploading(stopped(0)));
     env.schedule();
-    env.expect(&["schedule", "n1: prepare j2.0.1"]);
+    env.expect(&["schedule", "n1: start j2.0.1"]);
 }
 
 #[test]
@@ -458,7 +531,7 @@ fn a_crash_at_any_point_loses_nothing_that_was_said() {
     env.restart();
     // The command did not arrive: it is in the answer to the agent.
     env.register(node, 0, vec![]);
-    env.expect(&["n1: welcome [prepare j1.0.1]", "schedule"]);
+    env.expect(&["n1: welcome [start j1.0.1]", "schedule"]);
     env.report(1, "j1.0.1", 0, ObservedPhase::Ready { port: 3 });
     env.expect(&["n1: run j1.0.1 at 127.0.0.1:3"]);
     env.restart();

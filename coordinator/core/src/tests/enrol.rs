@@ -131,16 +131,23 @@ fn limits_of_a_token_are_met_at_the_bound() {
         &mut env,
         NODE,
         1,
+        limits::MIN_TOKEN_TTL - Duration::from_millis(1),
+    );
+    token(
+        &mut env,
+        NODE,
+        1,
         limits::MAX_TOKEN_TTL + Duration::from_millis(1),
     );
-    env.expect_all(&[], &["refused INVALID INVALID_FIELD"; 4]);
+    env.expect_all(&[], &["refused INVALID INVALID_FIELD"; 5]);
     token(
         &mut env,
         NODE,
         limits::MAX_TOKEN_USES,
         limits::MAX_TOKEN_TTL,
     );
-    env.expect(&["token t1"]);
+    token(&mut env, NODE, 1, limits::MIN_TOKEN_TTL);
+    env.expect(&["token t1", "token t2"]);
 }
 
 #[test]

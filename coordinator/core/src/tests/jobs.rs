@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use trainyard_common::ids::JobId;
 use trainyard_common::member::ObservedPhase;
-use trainyard_common::spec::Array;
+use trainyard_common::spec::{Array, Launcher};
 use trainyard_common::state::JobState;
 
 use crate::Config;
@@ -18,6 +18,7 @@ fn array(first: u32, last: u32, max_running: Option<u32>) -> trainyard_common::s
         last,
         max_running,
     });
+    spec.launcher = Launcher::Torchrun; // Has a shim for each attempt.
     spec
 }
 
@@ -142,10 +143,10 @@ fn what_no_node_could_hold_is_refused_with_the_largest_possible() {
     };
     assert_eq!(
         refusal.message,
-        "needs 1 node with 8 GPUs and 1 CPU; there is 1 node, and it could not hold that even if empty; the largest \
-         possible is 4 suitable GPUs, 8 CPUs and 64 GiB of memory on n1; ask for less, add nodes, or submit with \
-         --allow-infeasible to wait for them"
+        "gpus_per_node: needs 1 node with 8 GPUs and 1 CPU; the only node could not hold that even if empty: the most is \
+         4 GPUs on n1; ask for less, add nodes, or submit with --allow-infeasible to wait for them"
     );
+    assert_eq!(refusal.field.as_deref(), Some("gpus_per_node"));
     env.expect_all(&[], &["refused FAILED_PRECONDITION INFEASIBLE"]);
 }
 
@@ -198,7 +199,7 @@ fn without_any_node_a_job_waits_for_one() {
     env.expect_all(&[], &[]);
     env.register(node, 8, vec![]);
     env.schedule();
-    env.expect(&["n1: welcome []", "schedule", "n1: prepare j1.0.1"]);
+    env.expect(&["n1: welcome []", "schedule", "n1: start j1.0.1"]);
 }
 
 #[test]
@@ -323,7 +324,7 @@ fn an_array_counts_its_tasks_and_keeps_to_its_limit() {
     env.expect_all(&[], &[]);
     env.report(1, "j1.6.1", 0, ObservedPhase::Ended(completed(0)));
     env.schedule();
-    env.expect(&["n1: forget j1.6.1", "schedule", "n1: prepare j1.7.1"]);
+    env.expect(&["n1: forget j1.6.1", "schedule", "n1: start j1.7.1"]);
     env.report(1, "j1.5.1", 0, ObservedPhase::Ended(completed(0)));
     env.schedule();
     env.run("j1.7.1", &[1]);

@@ -1,6 +1,7 @@
 //! Tests of the core by family of events, each with a whole core, a fake clock and every effect looked at.
 
 mod attempts;
+mod bundles;
 mod enrol;
 mod jobs;
 mod placement;

@@ -5,9 +5,10 @@ use trainyard_common::ids::{JobId, NodeId};
 use trainyard_common::inventory::{Interface, Inventory};
 use trainyard_common::member::ObservedPhase;
 use trainyard_common::record::Target;
-use trainyard_common::spec::{Array, JobSpec};
+use trainyard_common::spec::{Array, JobSpec, Launcher};
 use trainyard_common::state::JobState;
 
+use crate::effect::Effect;
 use crate::event::{Event, Registration};
 use crate::testing::{TestEnv, attempt, completed, gpu_spec, job_spec, user};
 
@@ -68,7 +69,7 @@ fn the_head_blocks_what_is_behind_it_and_says_what_it_lacks() {
         "schedule",
         "n1: prepare j2.0.1",
         "n2: prepare j2.0.1",
-        "n2: prepare j3.0.1",
+        "n2: start j3.0.1",
     ]);
 }
 
@@ -115,6 +116,7 @@ fn a_round_is_bounded_and_asks_for_another() {
         last: 1199,
         max_running: None,
     });
+    spec.launcher = Launcher::Torchrun; // Has a shim for each attempt.
     env.submit("alice", "r1", spec);
     env.words();
     env.schedule();
@@ -226,6 +228,135 @@ fn members_of_a_gang_reach_each_other() {
     assert_eq!(
         env.store.attempts[&attempt("j1.0.1")].members[1].address,
         "127.0.0.1"
+    );
+}
+
+/// The field and the sentence of a refusal, without the remedy that all have.
+fn refusal(env: &mut TestEnv, change: impl FnOnce(&mut JobSpec)) -> (String, String) {
+    let mut spec = gpu_spec(1, 0);
+    change(&mut spec);
+    env.submit("alice", "refused", spec);
+    let Some(Effect::Reply(_, Err(refusal))) = env.said.first() else {
+        panic!("it was not refused");
+    };
+    let field = refusal.field.clone().expect("a field is named");
+    let message = refusal.message.clone();
+    let remedy = "; ask for less, add nodes, or submit with --allow-infeasible to wait for them";
+    let text = message.strip_suffix(remedy).expect("the remedy is told");
+    let text = text
+        .strip_prefix(&format!("{field}: "))
+        .expect("the field is told");
+    let told = (field, text.to_owned());
+    env.expect_all(&[], &["refused FAILED_PRECONDITION INFEASIBLE"]);
+    told
+}
+
+#[test]
+fn a_refusal_names_the_field_and_the_most_there_is() {
+    let mut env = TestEnv::new();
+    node_with(&mut env, 4, |registration| {
+        for gpu in &mut registration.inventory.gpus[..2] {
+            gpu.model = "NVIDIA A100-SXM4-40GB".into();
+            gpu.memory_bytes = 40 << 30;
+        }
+    });
+    node_with(&mut env, 0, |registration| {
+        registration.inventory.capacity.cpu_milli = 16_000;
+        registration.inventory.capacity.memory_bytes = 32 << 30;
+    });
+    let mut expect = |change: &dyn Fn(&mut JobSpec), field: &str, sentence: &str| {
+        let (named, told) = refusal(&mut env, change);
+        assert_eq!((named.as_str(), told.as_str()), (field, sentence));
+    };
+    expect(
+        &|spec| spec.nodes = 3,
+        "nodes",
+        "needs 3 nodes with 1 CPU each; 2 of the 2 nodes could hold a part, and 3 are asked for",
+    );
+    expect(
+        &|spec| (spec.nodes, spec.resources_per_node.gpus) = (2, 1),
+        "nodes",
+        "needs 2 nodes with 1 GPU and 1 CPU each; 1 of the 2 nodes could hold a part, and 2 are asked for; too small \
+         is n2 with 0 GPUs, 16 CPUs and 32 GiB of memory",
+    );
+    expect(
+        &|spec| spec.resources_per_node.gpus = 5,
+        "gpus_per_node",
+        "needs 1 node with 5 GPUs and 1 CPU; none of the 2 nodes could hold that even if empty: the most is 4 GPUs on n1",
+    );
+    expect(
+        &|spec| {
+            spec.resources_per_node.gpus = 1;
+            spec.gpu_type = Some("B200".into());
+        },
+        "gpu_type",
+        "needs 1 node with 1 B200 GPU and 1 CPU; none of the 2 nodes could hold that even if empty: the GPU models are \
+         NVIDIA A100-SXM4-40GB and NVIDIA H100 80GB HBM3",
+    );
+    expect(
+        &|spec| {
+            (spec.nodes, spec.resources_per_node.gpus) = (2, 3);
+            spec.gpu_type = Some("A100".into());
+        },
+        "gpus_per_node",
+        "needs 2 nodes with 3 A100 GPUs and 1 CPU each; none of the 2 nodes could hold a part even if empty: the most \
+         is 2 such GPUs on n1",
+    );
+    expect(
+        &|spec| {
+            spec.resources_per_node.gpus = 1;
+            (spec.gpu_type, spec.gpu_memory_bytes) = (Some("A100".into()), Some(80 << 30));
+        },
+        "gpu_memory",
+        "needs 1 node with 1 A100 GPU of 80 GiB or more and 1 CPU; none of the 2 nodes could hold that even if empty: \
+         the largest such GPU has 40 GiB",
+    );
+    expect(
+        &|spec| spec.resources_per_node.cpu_milli = 16_001,
+        "cpus_per_node",
+        "needs 1 node with 16.001 CPUs; none of the 2 nodes could hold that even if empty: the most is 16 CPUs on n2",
+    );
+    expect(
+        &|spec| spec.resources_per_node.memory_bytes = 65 << 30,
+        "memory_per_node",
+        "needs 1 node with 1 CPU and 65 GiB of memory; none of the 2 nodes could hold that even if empty: the most is \
+         64 GiB of memory on n1",
+    );
+    expect(
+        &|spec| {
+            spec.resources_per_node.gpus = 1;
+            spec.resources_per_node.cpu_milli = 16_000;
+        },
+        "gpus_per_node",
+        "needs 1 node with 1 GPU and 16 CPUs; none of the 2 nodes could hold that even if empty: none has all of it \
+         together; the largest is n1 with 4 GPUs, 8 CPUs and 64 GiB of memory",
+    );
+    expect(
+        &|spec| spec.targets = vec!["local".into()],
+        "targets",
+        "needs 1 node of local with 1 CPU; no node is of that target, all of them are attached",
+    );
+}
+
+#[test]
+fn a_refusal_where_there_is_no_gpu_or_no_way_between_nodes_says_so() {
+    let loopback = |registration: &mut Registration| registration.address = "127.0.0.1".into();
+    let mut env = TestEnv::new();
+    node_with(&mut env, 0, loopback);
+    env.node(0);
+    let (field, told) = refusal(&mut env, |spec| {
+        spec.resources_per_node.gpus = 1;
+        spec.gpu_type = Some("H100".into());
+    });
+    assert_eq!(field, "gpus_per_node");
+    assert!(told.ends_with("no node has a healthy GPU"), "{told}");
+    let (field, told) = refusal(&mut env, |spec| spec.nodes = 2);
+    assert_eq!(field, "nodes");
+    assert!(
+        told.contains(
+            "2 of the 2 nodes could hold a part, and 2 are asked for; they cannot reach each other"
+        ),
+        "{told}"
     );
 }
 

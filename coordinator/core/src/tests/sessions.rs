@@ -38,7 +38,7 @@ fn a_newer_session_replaces_the_older_one() {
     env.register(node, 0, vec![observed("j1.0.1", ObservedPhase::Preparing)]);
     env.expect(&[
         "close s1 SESSION_REPLACED",
-        "n1: welcome [prepare j1.0.1]",
+        "n1: welcome [start j1.0.1]",
         "schedule",
     ]);
     // Nothing that the old session says or does counts any more.
@@ -218,7 +218,7 @@ fn after_a_restored_backup_attempts_go_on_above_the_highest_known() {
     env.register(node, 0, vec![observed("j1.0.4", now)]);
     env.words();
     env.schedule();
-    env.expect(&["n1: prepare j1.0.5"]);
+    env.expect(&["n1: start j1.0.5"]);
 }
 
 #[test]
@@ -240,4 +240,24 @@ fn a_machine_that_comes_back_with_less_is_not_overbooked_further() {
     env.schedule();
     env.words();
     assert!(env.job(2).starts_with("PREPARING"), "{}", env.job(2));
+}
+
+#[test]
+fn a_greeting_that_comes_after_that_of_a_later_session_is_refused() {
+    let mut env = TestEnv::new();
+    let node = env.enrol();
+    let mut early = env.registration(node, 0, vec![]);
+    early.opening = 1;
+    let mut later = env.registration(node, 0, vec![]);
+    later.opening = 2;
+    env.register_with(later);
+    env.start(job_spec());
+    env.run("j1.0.1", &[1]);
+    env.words();
+    env.changes();
+    // It says nothing of an attempt that began after it was sent.
+    let refused = format!("close s{} SESSION_TOO_LATE", early.session.0);
+    env.register_with(early);
+    env.expect_all(&[], &[&refused]);
+    assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
 }

@@ -107,7 +107,7 @@ fn a_single_attempt_is_replaced_after_its_time_and_the_old_one_stopped_when_it_i
         "PENDING RETRYING: attempt 1 unconfirmed on n1; tried again, interruption 1 of 5"
     );
     env.schedule();
-    env.expect(&["n2: prepare j1.0.2"]);
+    env.expect(&["n2: start j1.0.2"]);
     env.run("j1.0.2", &[2]);
     // What the old one held stays held until it is confirmed.
     assert_eq!(env.core.t.usage[&first].amounts.gpus, 4);
@@ -330,6 +330,40 @@ fn our_own_downtime_is_nobodys_fault() {
 }
 
 #[test]
+fn a_pause_of_ours_is_no_silence_of_a_node_that_was_silent_before() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    env.start(job_spec());
+    env.run("j1.0.1", &[1]);
+    env.cut(node);
+    env.pass(minutes(1));
+    env.changes();
+    env.now = env.now.after(minutes(13));
+    env.core.stood_still(env.now, minutes(13));
+    env.pass(minutes(13));
+    env.expect_all(&[], &[]);
+    env.pass(minutes(1));
+    env.words();
+    assert!(env.job(1).starts_with("PENDING"), "{}", env.job(1));
+}
+
+#[test]
+fn a_wall_clock_that_went_back_between_two_starts_ends_nobody() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    env.start(job_spec());
+    env.now = Timestamp(env.now.0 - 600_000);
+    env.restart();
+    env.register(node, 0, vec![]);
+    env.run("j1.0.1", &[1]);
+    env.words();
+    env.changes();
+    env.pass(minutes(60));
+    env.expect_all(&[], &[]);
+    assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
+}
+
+#[test]
 fn an_attempt_that_is_never_ready_is_tried_elsewhere() {
     let mut env = TestEnv::new();
     env.node(4);
@@ -378,7 +412,7 @@ fn a_cordoned_node_takes_nothing_new_until_it_is_active_again() {
     );
     set(&mut env, NodePolicy::Active);
     env.schedule();
-    env.expect(&["done", "schedule", "n1: prepare j1.0.1"]);
+    env.expect(&["done", "schedule", "n1: start j1.0.1"]);
 }
 
 #[test]

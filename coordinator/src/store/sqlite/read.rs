@@ -36,6 +36,10 @@ const ATTEMPTS: Table = Table {
     name: "attempts",
     key: "'j' || job || '.' || task || '.' || attempt",
 };
+const BUNDLES: Table = Table {
+    name: "bundles",
+    key: "'j' || job || '.b' || bundle",
+};
 const NODES: Table = Table {
     name: "nodes",
     key: "'n' || id",
@@ -144,6 +148,7 @@ impl Reader<'_> {
             ..Snapshot::default()
         };
         let mut others = self.records(&NODES, "ORDER BY id", &[])?;
+        others.extend(self.records(&BUNDLES, "ORDER BY job, bundle", &[])?);
         others.extend(self.records(
             &TOKENS,
             "WHERE usable = 1 AND expires_at > ?1 ORDER BY id",
@@ -155,8 +160,13 @@ impl Reader<'_> {
                 Record::Node(node) => snapshot.nodes.push(*node),
                 Record::Token(token) => snapshot.tokens.push(*token),
                 Record::User(user) => snapshot.users.push(*user),
+                Record::Bundle(bundle) => snapshot.bundles.push(*bundle),
                 // `decode` has checked that each row is of its table's kind.
-                Record::Job(_) | Record::Task(_) | Record::Attempt(_) | Record::NodeRemoved(_) => {}
+                Record::Job(_)
+                | Record::Task(_)
+                | Record::Attempt(_)
+                | Record::BundleRemoved(_)
+                | Record::NodeRemoved(_) => {}
             }
         }
         Ok(Loaded {
@@ -337,7 +347,7 @@ impl Reader<'_> {
         }
         let meta = self.meta()?;
         let mut rows = 0;
-        for table in [&JOBS, &TASKS, &ATTEMPTS, &NODES, &TOKENS, &USERS] {
+        for table in [&JOBS, &TASKS, &ATTEMPTS, &BUNDLES, &NODES, &TOKENS, &USERS] {
             rows += self.check_table(table)?;
         }
         let transitions = self.check_chain(&meta, Sequence(0))?;
@@ -367,7 +377,7 @@ impl Reader<'_> {
 }
 
 fn static_kind(kind: &str) -> Option<&'static str> {
-    [JOBS, TASKS, ATTEMPTS, NODES, TOKENS, USERS]
+    [JOBS, TASKS, ATTEMPTS, BUNDLES, NODES, TOKENS, USERS]
         .into_iter()
         .find(|table| table.name == kind)
         .map(|table| table.name)

@@ -93,7 +93,12 @@ fn raise_marks(meta: &mut Meta, record: &Record) {
         Record::Job(job) => meta.next_job = meta.next_job.max(job.id.0.saturating_add(1)),
         Record::Node(node) => meta.next_node = meta.next_node.max(node.id.0.saturating_add(1)),
         Record::Token(token) => meta.next_token = meta.next_token.max(token.id.0.saturating_add(1)),
-        Record::Task(_) | Record::Attempt(_) | Record::NodeRemoved(_) | Record::User(_) => {}
+        Record::Task(_)
+        | Record::Attempt(_)
+        | Record::Bundle(_)
+        | Record::BundleRemoved(_)
+        | Record::NodeRemoved(_)
+        | Record::User(_) => {}
     }
 }
 
@@ -103,6 +108,12 @@ fn upsert(transaction: &Transaction<'_>, record: &Record, row: &[u8]) -> rusqlit
         Record::Task(task) => upsert_task(transaction, task, row),
         Record::Attempt(attempt) => upsert_attempt(transaction, attempt, row),
         Record::Token(token) => upsert_token(transaction, token, row),
+        Record::Bundle(bundle) => transaction
+            .prepare_cached("INSERT OR REPLACE INTO bundles VALUES (?1, ?2, ?3)")?
+            .execute(params![id(bundle.id.job.0), bundle.id.bundle, row]),
+        Record::BundleRemoved(bundle) => transaction
+            .prepare_cached("DELETE FROM bundles WHERE job = ?1 AND bundle = ?2")?
+            .execute(params![id(bundle.job.0), bundle.bundle]),
         Record::Node(node) => transaction
             .prepare_cached("INSERT OR REPLACE INTO nodes VALUES (?1, ?2)")?
             .execute(params![node.id.0, row]),

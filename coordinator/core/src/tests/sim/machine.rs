@@ -4,13 +4,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use trainyard_common::ids::{AttemptRef, NodeId};
+use trainyard_common::ids::{AttemptRef, BundleRef, NodeId};
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, EndCause, Ending, MemberSpec, ObservedMember, ObservedPhase,
     RankEnd,
 };
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
+
+use super::carrier::Carrier;
 
 /// xorshift64*: small, seeded, and the same everywhere.
 #[derive(Debug)]
@@ -47,6 +49,8 @@ pub(super) struct Member {
     /// How it will end by itself.
     pub(super) fate: EndCause,
     pub(super) started: bool,
+    /// It may start as soon as it is ready. Forgotten with the agent's process.
+    pub(super) goes: bool,
 }
 
 impl Member {
@@ -61,6 +65,20 @@ impl Member {
             | ObservedPhase::Ended(_) => false,
         }
     }
+
+    fn go(&mut self, now: Timestamp, rng: &mut Rng) {
+        self.phase = ObservedPhase::Running { started_at: now };
+        self.started = true;
+        // Some run for so long that a silent node is given up while they do.
+        let longest = if rng.chance(250) { 150 } else { 20 };
+        self.next = Some(now.after(rng.seconds(longest)));
+        self.fate = match rng.below(100) {
+            0..80 => EndCause::Completed,
+            80..92 => EndCause::RankFailed,
+            92..95 => EndCause::TimeLimit,
+            _ => EndCause::SupervisorLost,
+        };
+    }
 }
 
 #[derive(Debug)]
@@ -69,6 +87,7 @@ pub(super) struct Machine {
     pub(super) incarnation: u64,
     pub(super) boot: u64,
     pub(super) members: BTreeMap<AttemptRef, Member>,
+    pub(super) carriers: BTreeMap<BundleRef, Carrier>,
 }
 
 /// What an agent did with a command.
@@ -94,18 +113,17 @@ impl Machine {
         };
         match (&desired.phase, &member.phase) {
             (DesiredPhase::Run(_), ObservedPhase::Ready { .. }) => {
-                member.phase = ObservedPhase::Running { started_at: now };
-                member.started = true;
-                // Some run for so long that a silent node is given up while they do.
-                let longest = if rng.chance(250) { 150 } else { 20 };
-                member.next = Some(now.after(rng.seconds(longest)));
-                member.fate = match rng.below(100) {
-                    0..80 => EndCause::Completed,
-                    80..92 => EndCause::RankFailed,
-                    92..95 => EndCause::TimeLimit,
-                    _ => EndCause::SupervisorLost,
-                };
+                member.go(now, rng);
                 Did::Spawned
+            }
+            (DesiredPhase::Start, ObservedPhase::Ready { .. }) => {
+                member.goes = true;
+                member.next = Some(now);
+                Did::Nothing
+            }
+            (DesiredPhase::Start, ObservedPhase::Preparing) => {
+                member.goes = true;
+                Did::Nothing
             }
             (
                 DesiredPhase::Stop(_),
@@ -113,6 +131,7 @@ impl Machine {
                 | ObservedPhase::Ready { .. }
                 | ObservedPhase::Running { .. },
             ) => {
+                member.goes = false;
                 member.fate = EndCause::Stopped;
                 member.phase = ObservedPhase::Stopping;
                 member.next = Some(now.after(rng.seconds(10)));
@@ -124,7 +143,7 @@ impl Machine {
 
     fn accept(&mut self, now: Timestamp, desired: &DesiredMember, rng: &mut Rng) -> Did {
         let phase = match desired.phase {
-            DesiredPhase::Prepare => ObservedPhase::Preparing,
+            DesiredPhase::Prepare | DesiredPhase::Start => ObservedPhase::Preparing,
             DesiredPhase::Stop(_) => ObservedPhase::Stopping,
             DesiredPhase::Run(_) => {
                 panic!("{} was told to go and was never ready", desired.attempt)
@@ -143,6 +162,7 @@ impl Machine {
             next,
             fate,
             started: false,
+            goes: desired.phase == DesiredPhase::Start,
         };
         self.members.insert(desired.attempt, member);
         Did::Changed
@@ -158,7 +178,15 @@ impl Machine {
             member.next = None;
             member.phase = match &member.phase {
                 ObservedPhase::Preparing if member.fate == EndCause::Completed => {
+                    if member.goes {
+                        member.next = Some(now.after(rng.seconds(1)));
+                    }
                     ObservedPhase::Ready { port: 4000 }
+                }
+                ObservedPhase::Ready { .. } if member.goes => {
+                    member.go(now, rng);
+                    changed.push(*id);
+                    continue;
                 }
                 ObservedPhase::Preparing
                 | ObservedPhase::Running { .. }
@@ -172,6 +200,14 @@ impl Machine {
             changed.push(*id);
         }
         changed
+    }
+
+    /// The agent's process is replaced. Its members live on, and it has no orders.
+    pub(super) fn restart(&mut self) {
+        self.incarnation += 1;
+        self.members
+            .values_mut()
+            .for_each(|member| member.goes = false);
     }
 
     /// The power fails and comes back: nothing lives, and what had started has no exit status.
@@ -194,6 +230,7 @@ impl Machine {
             }
             member.next = None;
         }
+        self.reboot_bundles(now);
     }
 }
 

@@ -2,6 +2,7 @@
 //! sessions that break, messages that come late or twice, nodes that vanish, and a coordinator that crashes at every
 //! boundary between two effects. The truth is in the machines; every promise is checked against it.
 
+mod carrier;
 mod machine;
 mod promises;
 mod world;
@@ -55,12 +56,21 @@ fn all(seeds: std::ops::RangeInclusive<u64>) {
 }
 
 /// What the faults are meant to bring about.
-const MUST_HAPPEN: [&str; 22] = [
+const MUST_HAPPEN: [&str; 31] = [
     "submit accepted",
     "submit repeated",
     "cancel answered",
     "coordinator crashed",
     "member spawned",
+    "member started alone",
+    "ready was never told",
+    "bundle made",
+    "bundle topped up",
+    "bundle lost",
+    "bundle vanished",
+    "bundle shim killed",
+    "task in bundle started",
+    "tasks given back",
     "gang told to go",
     "gang lost",
     "attempt lost",

@@ -5,7 +5,7 @@
 
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::ObservedPhase;
-use trainyard_common::record::{AttemptRecord, Record};
+use trainyard_common::record::{AttemptRecord, BundleState, Record};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{AttemptState, NodeAvailability, Outcome};
 
@@ -41,11 +41,13 @@ impl World {
                 "I2: {id} goes and member {rank} was not ready"
             );
         }
+        // The only member of a gang was allowed to go by what made its attempt known.
+        let placed = self.store.attempts.get(&id);
         assert!(
-            self.store.attempts[&id].ready_at.is_some(),
+            placed.is_some_and(|placed| placed.ready_at.is_some() || spec.nodes == 1),
             "I11: {id} goes and that is not on record"
         );
-        let mut cpu = 0;
+        let mut cpu: u64 = machine.live_tasks().map(|(_, cpu)| cpu).sum();
         for (other, member) in machine.members.iter().filter(|(_, member)| member.lives()) {
             cpu += member.spec.resources.cpu_milli;
             let shared = member
@@ -64,11 +66,18 @@ impl World {
             "I1: more CPUs of {} are used than it has",
             machine.node
         );
+        self.check_older(id);
+    }
+
+    /// No older attempt of the task lives, unless its node was given up.
+    fn check_older(&self, id: AttemptRef) {
         for machine in &self.machines {
-            for (other, _) in machine.members.iter().filter(|(_, member)| member.lives()) {
+            let members = machine.members.iter().filter(|(_, member)| member.lives());
+            let members = members.map(|(other, _)| *other);
+            for other in members.chain(machine.live_tasks().map(|(other, _)| other)) {
                 let older =
                     other.job == id.job && other.task == id.task && other.attempt < id.attempt;
-                let lost = || self.unconfirmed.contains(&(*other, machine.node));
+                let lost = || self.unconfirmed.contains(&(other, machine.node));
                 let replace =
                     || self.store.jobs[&id.job].spec.on_disconnect == OnDisconnect::Replace;
                 assert!(
@@ -77,6 +86,35 @@ impl World {
                     machine.node
                 );
             }
+        }
+    }
+
+    /// A task in a bundle starts: once, with room, and not after an attempt that is not on record.
+    pub(super) fn check_start(&mut self, index: usize, id: AttemptRef) {
+        let count = self.spawned.entry((id, 0)).or_default();
+        *count += 1;
+        let machine = &self.machines[index];
+        assert_eq!(*count, 1, "I3: {id} was started twice on {}", machine.node);
+        let members = machine.members.values().filter(|member| member.lives());
+        let cpu: u64 = members
+            .map(|member| member.spec.resources.cpu_milli)
+            .chain(machine.live_tasks().map(|(_, cpu)| cpu))
+            .sum();
+        assert!(
+            cpu <= 8000,
+            "I1: more CPUs of {} are used than it has",
+            machine.node
+        );
+        for (other, _) in self.spawned.range((id, 1)..) {
+            if (other.0.job, other.0.task) != (id.job, id.task) {
+                break;
+            }
+            let first = self.store.attempts.get(&id);
+            assert!(
+                first.is_some_and(|first| first.outcome == Some(Outcome::Interrupted)),
+                "{id} starts after {} and its interruption is not on record",
+                other.0
+            );
         }
     }
 
@@ -117,7 +155,19 @@ impl World {
                     );
                 }
             }
-            Record::NodeRemoved(_) | Record::Token(_) | Record::User(_) => {}
+            Record::Bundle(bundle) => {
+                let before = self.store.bundles.get(&bundle.id);
+                assert!(before.is_none_or(|before| before.recorded <= bundle.recorded));
+                let lost = before.is_some_and(|before| before.state == BundleState::Lost);
+                assert!(!lost || bundle.state == BundleState::Lost);
+                if bundle.state == BundleState::Lost && !lost {
+                    self.see("bundle lost");
+                }
+            }
+            Record::BundleRemoved(_)
+            | Record::NodeRemoved(_)
+            | Record::Token(_)
+            | Record::User(_) => {}
         }
     }
 

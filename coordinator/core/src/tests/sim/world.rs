@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
+use trainyard_common::bundle::DesiredBundle;
 use trainyard_common::ids::{AttemptRef, Digest, Incarnation, JobId, NodeId, TaskIndex};
 use trainyard_common::member::ObservedPhase;
-use trainyard_common::record::{JobRecord, Record, Target};
+use trainyard_common::record::{BundleState, JobRecord, Record, Target};
 use trainyard_common::spec::{Array, JobSpec, OnDisconnect};
-use trainyard_common::state::{AttemptState, NodeAvailability, ReasonCode};
+use trainyard_common::state::{AttemptState, MemberPhase, NodeAvailability, ReasonCode};
 use trainyard_common::time::Timestamp;
 
 use super::machine::{Did, Machine, Rng, seen};
@@ -130,6 +131,7 @@ impl World {
                 incarnation: 1,
                 boot: 1,
                 members: BTreeMap::new(),
+                carriers: BTreeMap::new(),
             });
             world.lines.push(Line::default());
         }
@@ -171,7 +173,7 @@ impl World {
             let members = self
                 .machines
                 .iter()
-                .map(|machine| machine.members.len())
+                .map(|machine| machine.members.len() + machine.carriers.len())
                 .sum::<usize>();
             let done = self.store.jobs.values().all(|job| job.state.is_terminal());
             if done && members == 0 && self.waiting.is_empty() && self.unsent.is_empty() {
@@ -187,7 +189,9 @@ impl World {
         panic!(
             "no progress: {open:#?} {:#?} {:#?}",
             self.machines,
-            self.core.as_ref().map(|core| &core.t.attempts)
+            self.core
+                .as_ref()
+                .map(|core| (&core.t.attempts, &core.t.bundles, &core.live.sessions))
         );
     }
 
@@ -202,6 +206,10 @@ impl World {
             "something is still in memory"
         );
         assert!(core.t.attempts.is_empty(), "an attempt is not closed");
+        assert!(
+            core.t.bundles.is_empty() && self.store.bundles.is_empty(),
+            "a bundle is not closed"
+        );
         assert!(
             core.nodes()
                 .all(|node| node.availability == NodeAvailability::Ready)
@@ -225,8 +233,11 @@ impl World {
         for index in 0..self.machines.len() {
             for id in self.machines[index].step(self.now, &mut self.rng) {
                 self.note_truth(index, id);
-                self.report(index, id);
+                if !self.goes_on(index, id) {
+                    self.report(index, id);
+                }
             }
+            self.step_bundles(index);
             self.connect(index);
             self.deliver(index);
         }
@@ -321,6 +332,7 @@ impl World {
         self.core = None;
         let longest = if self.rng.chance(200) { 100 } else { 5 };
         self.down_until = self.now.after(self.rng.seconds(longest));
+        self.machines.iter_mut().for_each(Machine::hang_up);
         for line in &mut self.lines {
             line.session = None;
             line.up.clear();
@@ -378,12 +390,10 @@ impl World {
             }
             Effect::CloseSession(session, refusal) => {
                 assert_ne!(refusal.reason, "DUPLICATE_IDENTITY");
-                for line in self
-                    .lines
-                    .iter_mut()
-                    .filter(|line| line.session == Some(session))
-                {
+                let lines = self.lines.iter_mut().zip(&mut self.machines);
+                for (line, machine) in lines.filter(|(line, _)| line.session == Some(session)) {
                     line.session = None;
+                    machine.hang_up();
                 }
             }
             Effect::RequestSchedule => self.schedule = true,
@@ -414,15 +424,18 @@ impl World {
             line.session = Some(session);
             line.last_beat = self.now;
             line.down.clear();
+            let bundles = machine.observed_bundles(&mut self.rng);
             let registration = Registration {
                 session,
                 node: machine.node,
                 incarnation: Incarnation(machine.incarnation),
+                opening: 0,
                 boot_id: format!("boot-{}", machine.boot),
                 agent_version: "1".into(),
                 address: format!("10.0.0.{}", machine.node.0),
                 inventory: inventory(&format!("m{}", machine.node.0), 4),
                 observed: machine.observed(),
+                bundles,
             };
             let at = self.now.after(self.rng.seconds(1));
             line.up
@@ -449,6 +462,27 @@ impl World {
             line.up.push_back((at, event.clone()));
         }
         line.up.push_back((at, event));
+    }
+
+    /// Takes note of a member that starts by itself. Whether its news is left out, as it has newer one already.
+    fn goes_on(&mut self, index: usize, id: AttemptRef) -> bool {
+        let member = &self.machines[index].members[&id];
+        match &member.phase {
+            ObservedPhase::Running { .. } => {
+                self.see("member started alone");
+                self.check_spawn(index, id);
+                false
+            }
+            ObservedPhase::Ready { .. } if member.goes && self.rng.chance(300) => {
+                self.see("ready was never told");
+                true
+            }
+            ObservedPhase::Preparing
+            | ObservedPhase::Ready { .. }
+            | ObservedPhase::Stopping
+            | ObservedPhase::Uploading(_)
+            | ObservedPhase::Ended(_) => false,
+        }
     }
 
     fn report(&mut self, index: usize, id: AttemptRef) {
@@ -494,7 +528,20 @@ impl World {
 
     fn obey(&mut self, index: usize, command: Command) {
         let desired = match command {
-            Command::Welcome { desired } => desired,
+            Command::Welcome { desired, bundles } => {
+                for bundle in &bundles {
+                    self.obey_bundle(index, bundle, true);
+                }
+                desired
+            }
+            Command::DesireBundle(bundle) => return self.obey_bundle(index, &bundle, false),
+            Command::ForgetBundle(id) => {
+                let carrier = self.machines[index].carriers.remove(&id);
+                let ended = carrier.is_none_or(|carrier| carrier.is_over());
+                assert!(ended, "{id} was to be forgotten before it ended");
+                return;
+            }
+            Command::Resync(_) => return self.cut(index),
             Command::Desire(desired) => vec![*desired],
             Command::Forget(id) => {
                 let member = self.machines[index].members.remove(&id);
@@ -516,8 +563,58 @@ impl World {
         }
     }
 
+    fn obey_bundle(&mut self, index: usize, desired: &DesiredBundle, greeting: bool) {
+        let id = desired.bundle;
+        let known = self.machines[index].carriers.contains_key(&id);
+        let new = self.machines[index].desire_bundle(self.now, desired, greeting, &mut self.rng);
+        for task in &new {
+            let row = self.store.bundles.get(&id);
+            assert!(
+                row.is_none_or(|row| row.tasks.contains(*task)),
+                "I11: task {task} was handed out in {id} and that is not on record"
+            );
+        }
+        if !known {
+            self.see("bundle made");
+        } else if !new.is_empty() {
+            self.see("bundle topped up");
+        }
+    }
+
+    fn step_bundles(&mut self, index: usize) {
+        let steps = self.machines[index].step_bundles(self.now, self.faults, &mut self.rng);
+        for id in steps.started {
+            self.see("task in bundle started");
+            self.check_start(index, id);
+        }
+        let succeeded = steps.succeeded.into_iter().map(|id| (id, 0));
+        self.succeeded.extend(succeeded);
+        if steps.returned {
+            self.see("tasks given back");
+        }
+        if steps.killed {
+            self.see("bundle shim killed");
+        }
+        let Some(session) = self.lines[index].session else {
+            return;
+        };
+        let node = self.machines[index].node;
+        let most = 1 + usize::try_from(self.rng.below(8)).unwrap();
+        for bundle in self.machines[index].news(most) {
+            self.send_up(
+                index,
+                Event::BundleObserved {
+                    session,
+                    node,
+                    bundle,
+                },
+            );
+        }
+    }
+
     /// The connection breaks; what is under way is lost, or comes late.
     fn cut(&mut self, index: usize) {
+        self.machines[index].hang_up();
         let node = self.machines[index].node;
         let line = &mut self.lines[index];
         let Some(session) = line.session.take() else {
@@ -545,7 +642,7 @@ impl World {
             0..30 => self.cut(index),
             30..40 => {
                 self.cut(index);
-                self.machines[index].incarnation += 1; // The agent restarts; its members live on.
+                self.machines[index].restart();
             }
             40..46 => {
                 self.cut(index);
@@ -555,7 +652,7 @@ impl World {
             46..50 => {
                 self.cut(index);
                 self.machines[index].incarnation += 1;
-                self.machines[index].members.clear(); // Its disk was lost, and everything with it.
+                self.lose_disk(index);
             }
             50..70 => {
                 self.cut(index);
@@ -569,6 +666,28 @@ impl World {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// What a machine has on its disk is lost, but for what the coordinator has heard nothing of: an agent that loses
+    /// such a one loses who it is, too, and never comes back as itself.
+    fn lose_disk(&mut self, index: usize) {
+        let (machine, store) = (&mut self.machines[index], &self.store);
+        let node = machine.node;
+        machine.members.retain(|id, _| {
+            let row = store.attempts.get(id);
+            row.is_some_and(|row| {
+                let mut members = row.members.iter();
+                members.any(|m| m.node == node && m.phase == MemberPhase::Unconfirmed)
+            })
+        });
+        let before = machine.carriers.len();
+        machine.carriers.retain(|id, _| {
+            let row = store.bundles.get(id);
+            row.is_some_and(|row| row.state == BundleState::Placed)
+        });
+        if machine.carriers.len() < before {
+            self.see("bundle vanished");
         }
     }
 
@@ -604,14 +723,21 @@ impl World {
         spec.resources_per_node.gpus = u32::try_from(self.rng.below(5)).unwrap();
         spec.resources_per_node.cpu_milli = 1000 * (1 + self.rng.below(5));
         spec.retries = u32::try_from(self.rng.below(3)).unwrap();
-        if self.rng.chance(100) {
-            let max_running = self.rng.chance(500).then_some(2);
+        if self.rng.chance(220) {
+            let max_running = self.rng.chance(300).then_some(2);
+            let mut tasks = 6;
+            spec.nodes = 1;
+            if self.rng.chance(700) {
+                // May be bundled.
+                spec.resources_per_node.gpus = 0;
+                spec.procs_per_node = 1;
+                tasks = 60;
+            }
             spec.array = Some(Array {
                 first: 3,
-                last: 3 + u32::try_from(self.rng.below(6)).unwrap(),
+                last: 3 + u32::try_from(self.rng.below(tasks)).unwrap(),
                 max_running,
             });
-            spec.nodes = 1;
         }
         if self.rng.chance(200) {
             spec.on_disconnect = OnDisconnect::Wait;
