@@ -419,14 +419,15 @@ fn idle(cluster: &Cluster, table: &mut Table, when: &str) {
 
 /// The shim that holds the sleeping task: the parent of its process, if both are there yet.
 fn shim(home: &Path) -> Option<Pid> {
-    let words = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let home = home.to_str().expect("the path of the directory is UTF-8");
+    let words = |pid: Pid, file| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let of_ours = |pid: Pid| String::from_utf8_lossy(&words(pid, "environ")).contains(home);
+    let sleeps = format!("/bin/sleep\0{SLEEP_SECONDS}\0");
     let entries = fs::read_dir("/proc").expect("proc is mounted");
     let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     pids.map(Pid::from_raw)
-        .filter(|pid| words(*pid) == format!("/bin/sleep\0{SLEEP_SECONDS}\0"))
-        .filter_map(|pid| Some(Pid::from_raw(stat(pid, 4).try_into().ok()?)))
-        .find(|parent| words(*parent).contains(home))
+        .filter(|pid| words(*pid, "cmdline") == sleeps.as_bytes() && of_ours(*pid))
+        .find_map(|pid| Some(Pid::from_raw(stat(pid, 4).try_into().ok()?)))
 }
 
 /// A line of `smaps_rollup`, in 10^6 bytes.

@@ -1,6 +1,9 @@
 //! What end-to-end tests share: the real `yard` binary, a cluster of it in a directory of its own, and waiting for
 //! conditions. Nothing here reaches into a component; everything goes through the command line, as a user would.
 
+pub mod chaos;
+pub mod sim;
+
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@
 //! Must run on the main thread of a process of its own, before that process starts other threads: signals are blocked
 //! for all later threads, and the ranks are tied to the life of the thread that starts them.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -113,6 +113,14 @@ fn await_directory() -> io::Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
+/// What `ps` shows as this process's name, as a spare shim was not told more when it was started.
+pub(super) fn take_name(what: &str) {
+    if let Ok(name) = CString::new(format!("yard {what}")) {
+        // The kernel keeps 15 bytes of it. A name is not worth a failure.
+        let _ = nix::sys::prctl::set_name(&name);
+    }
+}
+
 fn attempt_of(root: &Path) -> io::Result<AttemptRef> {
     root.file_name()
         .and_then(|name| name.to_str())
@@ -134,6 +142,7 @@ fn start(path: &Path, cgroup: bool) -> io::Result<Option<Supervisor>> {
     let agent = take_connection()?;
     let root = path.canonicalize()?;
     let dir = AttemptDir::at(attempt_of(&root)?, root);
+    take_name(&dir.attempt().to_string());
     if !lock_for_good(&dir)? {
         note("another shim has this attempt");
         return Ok(None);
@@ -274,7 +283,7 @@ pub(super) fn set_aside(dir: &AttemptDir, ranks: u32) -> io::Result<()> {
 
 /// The user's groups (GPU devices are often a group's), or its own one if they cannot be found out.
 pub(super) fn look_up(user: &RunAs) -> Identity {
-    let groups = std::ffi::CString::new(user.name.as_str())
+    let groups = CString::new(user.name.as_str())
         .ok()
         .and_then(|name| nix::unistd::getgrouplist(&name, user.gid.into()).ok())
         .map(|groups| groups.iter().map(|group| group.as_raw()).collect())

@@ -19,6 +19,7 @@ use super::super::peers::Peers;
 use super::super::process::close_others;
 use super::super::shim::{
     blocked_signals, identify, lock_for_good, look_up, note, require, set_aside, take_connection,
+    take_name,
 };
 use super::birth::Nursery;
 use super::control::Control;
@@ -74,6 +75,7 @@ fn start(path: &Path) -> io::Result<Option<Control>> {
     let bundle = reference(&root)
         .ok_or_else(|| io::Error::other("the directory is not named like a bundle"))?;
     let dir = BundleDir::at(bundle, root);
+    take_name(&bundle.to_string());
     let shim = dir.shim();
     if !lock_for_good(&shim)? {
         note("another shim has this bundle");
