@@ -3,7 +3,7 @@
 //! It knows nothing of what is in the directory.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -29,7 +29,7 @@ pub struct StateLock {
 }
 
 impl StateLock {
-    /// Takes `dir/coordinator.lock`, making it if need be. It blocks for [`PATIENCE`] at most.
+    /// Takes `dir/coordinator.lock`, making it if need be. It blocks for two seconds at most.
     ///
     /// # Errors
     /// [`StoreError::Held`] with the holder's process, host and start, or [`StoreError::File`].
@@ -77,10 +77,15 @@ impl StateLock {
             host::name().unwrap_or_default(),
             now.0
         );
-        file.set_len(0)
+        let written = file
+            .set_len(0)
             .and_then(|()| file.rewind())
-            .and_then(|()| file.write_all(text.as_bytes()))
-            .map_err(|source| failed("write", source))?;
+            .and_then(|()| file.write_all(text.as_bytes()));
+        match written {
+            // It is held all the same; who holds it is only not told while the disk is full.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {}
+            other => other.map_err(|source| failed("write", source))?,
+        }
         Ok(Self { _file: file })
     }
 }
