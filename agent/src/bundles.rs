@@ -5,9 +5,11 @@ mod feed;
 mod lanes;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::{JoinError, JoinSet};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use trainyard_agent_core::{BundleEffect, BundleEvent, RecoveredBundle, RecoveredBundleState};
 use trainyard_common::bundle::{DesiredBundle, ObservedBundlePhase, TaskReport, TaskSet};
@@ -15,7 +17,7 @@ use trainyard_common::ids::BundleRef;
 use trainyard_common::member::{EndCause, Ending, MemberSpec, RankEnd};
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
-use trainyard_transport::task::blocking;
+use trainyard_transport::task::{blocking, spawn};
 
 use crate::chain::chain;
 use crate::fetch::Fetcher;
@@ -28,6 +30,9 @@ pub(crate) use self::feed::Means;
 pub(crate) use self::lanes::Lanes;
 
 use self::feed::{Feed, Growth};
+
+/// When what a bundle needed in memory is surely free, so that it can be given back.
+const TIDY_AFTER: Duration = Duration::from_secs(1);
 
 /// The bundles, as far as they are not the core's business.
 #[derive(Debug)]
@@ -312,8 +317,7 @@ impl Bundles {
         self.running.spawn(async move {
             match carriers.remove(bundle).await {
                 Ok(()) => {
-                    // Thousands of reports have passed, and the next ones may be far away.
-                    blocking(give_back_heap).await;
+                    spawn("heap", tidy_up());
                     BundleEvent::Removed(bundle)
                 }
                 Err(error) => BundleEvent::RemoveFailed {
@@ -329,6 +333,12 @@ impl Bundles {
         self.growth.remove(&bundle);
         self.means.outgoing.bundles(|lanes| lanes.close(bundle));
     }
+}
+
+/// Thousands of reports may have passed, and the next ones may be far away.
+async fn tidy_up() {
+    sleep(TIDY_AFTER).await;
+    blocking(give_back_heap).await;
 }
 
 /// The end of a task that may have run here and of which nothing is known any more.

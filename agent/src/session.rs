@@ -146,7 +146,8 @@ impl SessionError {
     fn needs_a_person(&self) -> bool {
         match self {
             Self::Connect(error) => !error.is_unreachable(),
-            Self::Refused(_) | Self::StaleTerm(..) | Self::State(_) => true,
+            Self::Refused(_) | Self::StaleTerm(..) => true,
+            Self::State(error) => !error.is_disk_full(),
             Self::Broken(_)
             | Self::Closed
             | Self::Silent

@@ -1,20 +1,25 @@
 //! What an agent keeps about itself in its data directory: the lock that makes it the only one there, how often it has
 //! started, and the highest term that it has seen.
 //!
-//! Losing `agent.json` loses no member: attempts are found by their directories. A damaged one is set aside with a
+//! `agent.json` is written over in place, so that an agent starts, and obeys a new coordinator, on a full disk too.
+//! Losing it loses no member: attempts are found by their directories. A damaged one is set aside with a
 //! warning; the incarnation then starts above any real one's by taking the time.
 
+mod slots;
+
 use std::ffi::CString;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::unistd::{Gid, getgrouplist};
 use serde::{Deserialize, Serialize};
 use trainyard_common::ids::{Incarnation, Term};
 use trainyard_transport::files;
 
+use self::slots::Slots;
 use crate::runtime::RunAs;
 use trainyard_transport::clock;
 
@@ -28,8 +33,11 @@ pub(crate) const BUNDLES: &str = "bundles";
 pub(crate) const CACHE: &str = "cache";
 const STATE: &str = "agent.json";
 const LOCK: &str = "agent.lock";
-/// Bytes of `agent.json` that are read; ours has about 60.
-const MAX_STATE_BYTES: u64 = 64 << 10;
+/// Bytes of an `agent.json` as agents before this form wrote it; theirs had about 60.
+const MAX_OLD_STATE_BYTES: u64 = 1 << 10;
+/// How long another holder of the lock is waited for. An agent that was killed takes a moment until the kernel has taken
+/// it down, and a child that it was just making has the lock until that is a program of its own.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why an agent's data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -64,16 +72,35 @@ pub enum StateError {
     },
 }
 
+impl StateError {
+    /// Whether it may work by itself soon, as jobs that end give space back.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            Self::File { source, .. } => matches!(source.kind(), StorageFull | QuotaExceeded),
+            Self::Locked { .. } | Self::Impassable { .. } => false,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct Kept {
     incarnation: Incarnation,
     term: Term,
 }
 
+impl Kept {
+    fn text(&self, path: &Path) -> Result<String, StateError> {
+        serde_json::to_string(self).map_err(|error| failed("write", path)(error.into()))
+    }
+}
+
 /// An agent's data directory, held by its lock.
 #[derive(Debug)]
 pub(crate) struct AgentState {
-    dir: PathBuf,
+    path: PathBuf,
+    slots: Slots,
+    /// What is on disk, never more.
     kept: Kept,
     boot_id: String,
     /// Given back when dropped, or when the process ends in whatever way.
@@ -81,25 +108,36 @@ pub(crate) struct AgentState {
 }
 
 impl AgentState {
-    /// Takes the directory, making it if needed, and counts one more start. It blocks.
+    /// Takes the directory, making it if needed, and counts one more start. It blocks, for an agent that is just ending
+    /// too.
     pub(crate) fn open(dir: &Path) -> Result<Self, StateError> {
+        Self::open_within(dir, PATIENCE)
+    }
+
+    fn open_within(dir: &Path, patience: Duration) -> Result<Self, StateError> {
         make_data_dir(dir)?;
         make_dir(&dir.join(ATTEMPTS), 0o711)?;
         make_dir(&dir.join(BUNDLES), 0o711)?;
         make_dir(&dir.join(CACHE), 0o700)?;
-        let lock = lock(dir)?;
-        let mut kept = load(&dir.join(STATE))?;
+        let lock = lock(dir, patience)?;
+        let path = dir.join(STATE);
+        let (slots, mut kept) = load(&path)?;
         kept.incarnation = kept.incarnation.next();
+        let text = kept.text(&path)?;
+        let slots = match slots {
+            Some(mut slots) => slots.write(&text).map(|()| slots),
+            None => Slots::create(&path, &text),
+        };
+        let slots = slots.map_err(failed("write", &path))?;
         let boot = Path::new("/proc/sys/kernel/random/boot_id");
         let boot_id = fs::read_to_string(boot).map_err(failed("read", boot))?;
-        let state = Self {
-            dir: dir.to_owned(),
+        Ok(Self {
+            path,
+            slots,
             kept,
             boot_id: boot_id.trim().to_owned(),
             _lock: lock,
-        };
-        state.save()?;
-        Ok(state)
+        })
     }
 
     pub(crate) fn incarnation(&self) -> Incarnation {
@@ -115,20 +153,17 @@ impl AgentState {
         &self.boot_id
     }
 
-    /// Keeps a higher term, before anything is done on its word. It blocks.
+    /// Keeps a higher term, before anything is done on its word. After an error it is as if it had not been seen. It
+    /// blocks.
     pub(crate) fn raise_term(&mut self, term: Term) -> Result<(), StateError> {
         if term > self.kept.term {
-            self.kept.term = term;
-            self.save()?;
+            let kept = Kept { term, ..self.kept };
+            let text = kept.text(&self.path)?;
+            let written = self.slots.write(&text);
+            written.map_err(failed("write", &self.path))?;
+            self.kept = kept;
         }
         Ok(())
-    }
-
-    fn save(&self) -> Result<(), StateError> {
-        let path = self.dir.join(STATE);
-        let json =
-            serde_json::to_vec(&self.kept).map_err(|error| failed("write", &path)(error.into()))?;
-        files::write_private(&path, &json).map_err(failed("write", &path))
     }
 }
 
@@ -175,7 +210,7 @@ pub(crate) fn let_pass(dir: &Path, user: &RunAs) -> Result<(), StateError> {
     Ok(())
 }
 
-fn lock(dir: &Path) -> Result<File, StateError> {
+fn lock(dir: &Path, patience: Duration) -> Result<File, StateError> {
     let path = dir.join(LOCK);
     let file = OpenOptions::new()
         .create(true)
@@ -184,26 +219,29 @@ fn lock(dir: &Path) -> Result<File, StateError> {
         .mode(0o600)
         .open(&path)
         .map_err(failed("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StateError::Locked {
-            dir: dir.to_owned(),
-        }),
-        Err(TryLockError::Error(source)) => Err(failed("lock", &path)(source)),
-    }
+    let locked = files::lock_within(file, patience).map_err(failed("lock", &path))?;
+    locked.ok_or_else(|| StateError::Locked {
+        dir: dir.to_owned(),
+    })
 }
 
-fn load(path: &Path) -> Result<Kept, StateError> {
-    let bytes = match fs::metadata(path) {
-        Ok(metadata) if metadata.len() <= MAX_STATE_BYTES => {
-            fs::read(path).map_err(failed("read", path))?
+/// What is kept, and the file to keep it in if there is one already.
+fn load(path: &Path) -> Result<(Option<Slots>, Kept), StateError> {
+    match Slots::open(path) {
+        Ok(Some((slots, text))) => {
+            if let Ok(kept) = serde_json::from_str(&text) {
+                return Ok((Some(slots), kept));
+            }
         }
-        Ok(_) => Vec::new(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::default()),
+        Ok(None) => {
+            if let Some(kept) = load_old(path).map_err(failed("read", path))? {
+                return Ok((None, kept));
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok((None, Kept::default()));
+        }
         Err(source) => return Err(failed("read", path)(source)),
-    };
-    if let Ok(kept) = serde_json::from_slice(&bytes) {
-        return Ok(kept);
     }
     tracing::warn!(
         ?path,
@@ -212,10 +250,16 @@ fn load(path: &Path) -> Result<Kept, StateError> {
     fs::rename(path, path.with_extension("json.damaged")).map_err(failed("rename", path))?;
     // The coordinator takes only a growing counter for a new start, and no agent starts once a second for long.
     let incarnation = Incarnation(clock::wall_now().0 / 1000);
-    Ok(Kept {
-        incarnation,
-        term: Term(0),
-    })
+    let term = Term(0);
+    Ok((None, Kept { incarnation, term }))
+}
+
+/// What an agent kept that wrote nothing but the JSON into the file.
+fn load_old(path: &Path) -> io::Result<Option<Kept>> {
+    if fs::metadata(path)?.len() > MAX_OLD_STATE_BYTES {
+        return Ok(None);
+    }
+    Ok(serde_json::from_slice(&fs::read(path)?).ok())
 }
 
 fn make_dir(path: &Path, mode: u32) -> Result<(), StateError> {
@@ -238,6 +282,7 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Sta
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::SmallDisk;
 
     #[test]
     fn each_start_counts_and_terms_only_grow() {
@@ -293,7 +338,8 @@ mod tests {
     fn a_second_agent_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         let first = AgentState::open(temp.path()).unwrap();
-        let error = AgentState::open(temp.path()).unwrap_err();
+        let short = Duration::from_millis(10);
+        let error = AgentState::open_within(temp.path(), short).unwrap_err();
         assert!(matches!(error, StateError::Locked { .. }), "{error:?}");
         drop(first);
         let second = AgentState::open(temp.path()).unwrap();
@@ -302,6 +348,86 @@ mod tests {
             Incarnation(2),
             "the refused one does not count"
         );
+    }
+
+    #[test]
+    fn an_agent_that_is_just_ending_is_waited_for() {
+        let temp = tempfile::tempdir().unwrap();
+        let first = AgentState::open(temp.path()).unwrap();
+        let inode = fs::metadata(temp.path().join(LOCK)).unwrap().ino();
+        let waiting = || {
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            let own = format!(":{inode} ");
+            let mut lines = locks.lines();
+            lines.any(|line| line.contains("->") && line.contains(&own))
+        };
+        let dir = temp.path().to_owned();
+        let patience = Duration::from_secs(60);
+        let second = std::thread::spawn(move || AgentState::open_within(&dir, patience));
+        while !waiting() {
+            assert!(!second.is_finished(), "it does not wait");
+            std::thread::yield_now();
+        }
+        drop(first);
+        let second = second.join().unwrap().unwrap();
+        assert_eq!(second.incarnation(), Incarnation(2));
+    }
+
+    #[test]
+    fn a_term_counts_only_when_it_is_on_disk() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut state = AgentState::open(temp.path()).unwrap();
+        state.raise_term(Term(3)).unwrap();
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let real = state.slots.replace_file(full);
+        // The second try must not find that the term was seen already.
+        for _ in 0..2 {
+            let error = state.raise_term(Term(7)).unwrap_err();
+            assert!(error.is_disk_full(), "{error:?}");
+            assert_eq!(state.term(), Term(3));
+        }
+        state.slots.replace_file(real);
+        state.raise_term(Term(7)).unwrap();
+        assert_eq!(state.term(), Term(7));
+        drop(state);
+        let state = AgentState::open(temp.path()).unwrap();
+        assert_eq!(state.term(), Term(7));
+    }
+
+    #[test]
+    fn an_agent_starts_and_obeys_on_a_full_disk() {
+        let Some(disk) = SmallDisk::mount() else {
+            return;
+        };
+        let dir = disk.path().join("agent");
+        drop(AgentState::open(&dir).unwrap());
+        disk.fill();
+        for start in 1..=3 {
+            let mut state = AgentState::open(&dir).unwrap();
+            state.raise_term(Term(start)).unwrap();
+            assert_eq!(state.incarnation(), Incarnation(start + 1));
+        }
+        let state = AgentState::open(&dir).unwrap();
+        assert_eq!(
+            (state.incarnation(), state.term()),
+            (Incarnation(5), Term(3))
+        );
+        // Otherwise all of this would show nothing.
+        fs::write(disk.path().join("more"), "x").unwrap_err();
+    }
+
+    #[test]
+    fn a_file_of_an_agent_before_is_taken_over() {
+        let temp = tempfile::tempdir().unwrap();
+        fs::write(temp.path().join(STATE), "{\"incarnation\":41,\"term\":7}").unwrap();
+        for start in [42, 43] {
+            let state = AgentState::open(temp.path()).unwrap();
+            assert_eq!(
+                (state.incarnation(), state.term()),
+                (Incarnation(start), Term(7))
+            );
+        }
+        assert!(!temp.path().join("agent.json.damaged").exists());
     }
 
     #[test]

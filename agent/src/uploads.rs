@@ -5,6 +5,7 @@
 //! What can never be uploaded becomes a warning; everything else is for the core to ask for again.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -246,20 +247,39 @@ async fn keep(dir: &AttemptDir, progress: &Progress) {
 /// If it cannot be kept, on a full disk or because the directory could never be made, a restart only costs a second
 /// upload; the end of the member must not wait for that.
 async fn save(dir: &AttemptDir, progress: Progress) {
-    let path = dir.upload();
-    let saved = blocking(move || {
-        let json = serde_json::to_vec(&progress)?;
-        files::write_private(&path, &json)
-    });
-    if let Err(error) = saved.await {
-        let attempt = dir.attempt();
+    let attempt = dir.attempt();
+    let dir = dir.clone();
+    if let Err(error) = blocking(move || write(&dir, &progress)).await {
         tracing::warn!(%attempt, %error, "cannot write down how far an upload is");
+    }
+}
+
+/// Without a directory there is nothing that a restart could upload again, so nothing to write down. It blocks.
+fn write(dir: &AttemptDir, progress: &Progress) -> io::Result<()> {
+    match files::write_private(&dir.upload(), &serde_json::to_vec(progress)?) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_an_attempt_with_a_directory_is_missed() {
+        let temp = tempfile::tempdir().unwrap();
+        let attempt = "j1.0.1".parse().unwrap();
+        let missing = AttemptDir::at(attempt, temp.path().join("missing"));
+        write(&missing, &Progress::default()).unwrap();
+        assert!(!missing.root().exists());
+        let dir = AttemptDir::at(attempt, temp.path().to_owned());
+        fs::create_dir(dir.upload()).unwrap();
+        write(&dir, &Progress::default()).unwrap_err();
+        fs::remove_dir(dir.upload()).unwrap();
+        write(&dir, &Progress::default()).unwrap();
+        assert!(dir.upload().exists());
+    }
 
     #[test]
     fn only_a_whole_upload_counts_as_finished() {

@@ -97,7 +97,7 @@ pub(crate) enum Command {
     Up(UpArgs),
     /// Stop the cluster of `yard up`
     Down(DownArgs),
-    /// The coordinator's role itself
+    /// The coordinator's role itself, and its state
     Coordinator(CoordinatorArgs),
     /// The agent's role itself
     Agent(AgentArgs),
@@ -125,10 +125,10 @@ impl Command {
             Self::Cordon(args) | Self::Uncordon(args) => args.json,
             Self::Token(args) => args.command.wants_json(),
             Self::Up(args) => args.json,
+            Self::Coordinator(args) => args.command.wants_json(),
             Self::Join(_)
             | Self::Login(_)
             | Self::Down(_)
-            | Self::Coordinator(_)
             | Self::Agent(_)
             | Self::Demo(_)
             | Self::Completion(_) => false,
@@ -504,6 +504,59 @@ pub(crate) struct CoordinatorArgs {
 pub(crate) enum CoordinatorCommand {
     /// Run a coordinator in the foreground
     Run(CoordinatorRunArgs),
+    /// Copy a coordinator's state, also while it runs
+    Backup(BackupArgs),
+    /// Make a new state directory from a backup
+    Restore(RestoreArgs),
+    /// Read a coordinator's whole state and say what is damaged
+    Check(CheckArgs),
+}
+
+impl CoordinatorCommand {
+    fn wants_json(&self) -> bool {
+        match self {
+            Self::Run(_) => false,
+            Self::Backup(args) => args.json,
+            Self::Restore(args) => args.json,
+            Self::Check(args) => args.json,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BackupArgs {
+    /// The state to copy [default: DATA_DIR/coordinator]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Where to put the backup: a new directory, or one that exists, in which it gets a name with the time
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The backup
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+    /// The state directory to make; new or empty [default: DATA_DIR/coordinator]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The state to read [default: DATA_DIR/coordinator]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

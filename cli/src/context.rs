@@ -1,4 +1,5 @@
-//! Which cluster a command speaks to: a context that `yard login` made, or the local cluster of `yard up`.
+//! Which cluster a command speaks to: a context that `yard login` made, the local cluster of `yard up`, or that of a
+//! coordinator that runs here by itself.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -47,6 +48,12 @@ pub(crate) fn require(global: &Global, paths: &Paths) -> Result<Context, Failure
             "LOCAL_CLUSTER_DOWN",
             "the coordinator of the cluster on this machine is not running; running jobs are not affected; start it \
              again with `yard up`",
+        )
+    } else if LocalCluster::new(paths.data.clone()).exists() {
+        (
+            "LOCAL_CLUSTER_DOWN",
+            "the coordinator of this machine is not running; running jobs are not affected; start it again with `yard \
+             coordinator run`",
         )
     } else {
         (
@@ -106,8 +113,12 @@ fn named(paths: &Paths, name: &str) -> Result<Context, Failure> {
     })
 }
 
+/// The cluster of `yard up`, else the one of a `yard coordinator run` of this user with its state in the usual place.
 fn local(paths: &Paths) -> Result<Option<Context>, Failure> {
-    LocalCluster::new(paths.local()).context()
+    match LocalCluster::new(paths.local()).context()? {
+        Some(context) => Ok(Some(context)),
+        None => LocalCluster::new(paths.data.clone()).context(),
+    }
 }
 
 fn load(dir: &Path) -> Result<Credentials, Failure> {

@@ -25,6 +25,7 @@ mod paths;
 mod processes;
 mod roles;
 mod spec;
+mod state;
 mod submit;
 mod tokens;
 mod usage;

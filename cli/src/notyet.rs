@@ -6,7 +6,7 @@
 use crate::failure::{EXIT_INVALID, EXIT_USAGE, Failure};
 
 /// Commands, and what to do instead; empty if there is nothing.
-const COMMANDS: [(&str, &str); 15] = [
+const COMMANDS: [(&str, &str); 12] = [
     ("retry", "submit the job again with `yard submit`"),
     ("queue", "`yard jobs` lists what waits, and why"),
     (
@@ -24,9 +24,6 @@ const COMMANDS: [(&str, &str); 15] = [
     ("drain", "`yard cordon NODE` gives it no new work"),
     ("workspace", "there is one workspace, default"),
     ("pool", "machines join with `yard token create --node`"),
-    ("coordinator backup", ""),
-    ("coordinator restore", ""),
-    ("coordinator check", ""),
     ("agent upgrade", ""),
 ];
 
@@ -56,7 +53,7 @@ const VALUES: [(&str, &[&str]); 2] = [
 /// Fields of a job file.
 const FIELDS: [&str; 5] = ["image", "priority", "preemptible", "after", "run_as"];
 
-/// The refusal of a command by its words, such as `coordinator backup`, if it is still to come.
+/// The refusal of a command by its words, such as `agent upgrade`, if it is still to come.
 pub(crate) fn command(words: &str) -> Option<Failure> {
     let (_, instead) = COMMANDS.iter().find(|(name, _)| *name == words)?;
     let instead = match *instead {

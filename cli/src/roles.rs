@@ -19,6 +19,7 @@ use crate::failure::{EXIT_INVALID, EXIT_IO, EXIT_REFUSED, Failure};
 use crate::output;
 use crate::paths::Paths;
 use crate::spec::{cpus_of_node, duration, memory_of_node};
+use crate::state;
 use crate::tokens;
 
 /// The hidden command that agents start for each member.
@@ -29,12 +30,20 @@ pub(crate) fn shim(dir: &Path) -> ExitCode {
     trainyard_agent::runtime::shim::shim_main(dir)
 }
 
-/// Runs a coordinator until it is told to end.
+/// Runs a coordinator until it is told to end, or looks after its state.
 pub(crate) async fn coordinator(
     global: &Global,
     args: CoordinatorArgs,
 ) -> Result<ExitCode, Failure> {
-    let CoordinatorCommand::Run(args) = args.command;
+    match args.command {
+        CoordinatorCommand::Run(args) => run_coordinator(global, args).await,
+        CoordinatorCommand::Backup(args) => state::backup(global, &args),
+        CoordinatorCommand::Restore(args) => state::restore(global, &args),
+        CoordinatorCommand::Check(args) => state::check(global, &args),
+    }
+}
+
+async fn run_coordinator(global: &Global, args: CoordinatorRunArgs) -> Result<ExitCode, Failure> {
     let config = coordinator_config(global, args)?;
     logging();
     let fatal =

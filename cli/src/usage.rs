@@ -220,10 +220,6 @@ mod tests {
                 "`yard plan` is not in this version",
             ),
             (
-                "yard coordinator backup x",
-                "`yard coordinator backup` is not in this version",
-            ),
-            (
                 "yard agent upgrade",
                 "`yard agent upgrade` is not in this version",
             ),

@@ -39,7 +39,7 @@ use crate::logs::LogStore;
 use crate::presence::{self, Presence};
 use crate::read_model::ReadModel;
 use crate::server;
-use crate::store::{self, CheckReport, Loaded, SqliteStore, StateLock, Store, StoreError};
+use crate::store::{Loaded, SqliteStore, StateLock, Store, StoreError};
 use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
 
@@ -161,20 +161,6 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
         .map_err(|source| StartError::Listen { listen, source })?;
     // Boxed, so that whoever awaits a start does not carry what is on its way.
     Box::pin(assemble(config, clock, opened, listener, local_addr)).await
-}
-
-/// Reads the whole state of a coordinator that does not run and checks every checksum. It blocks.
-///
-/// # Errors
-/// The first damage, with table, key and file; or that a coordinator runs on the directory.
-pub fn check(data_dir: &Path) -> Result<CheckReport, StoreError> {
-    let now = Clock::start().now();
-    if !data_dir.join(store::FILE_NAME).exists() {
-        let (database, marker) = (data_dir.join(store::FILE_NAME), data_dir.to_owned());
-        return Err(StoreError::Missing { database, marker });
-    }
-    let _lock = StateLock::acquire(data_dir, now)?;
-    SqliteStore::open(data_dir, &authority::directory(data_dir), now)?.check()
 }
 
 fn open(data_dir: &Path, now: Timestamp, retention: Duration) -> Result<Opened, StartError> {

@@ -47,7 +47,7 @@ impl DiskGuard {
 }
 
 /// Bytes that an unprivileged process may still use.
-fn free_bytes(path: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(path: &Path) -> Option<u64> {
     let stat = statvfs(path).ok()?;
     stat.blocks_available().checked_mul(stat.fragment_size())
 }

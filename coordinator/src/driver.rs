@@ -31,7 +31,7 @@ use trainyard_coordinator_core::{Config as CoreConfig, Core, Outbox};
 use crate::read_model::ReadModel;
 use crate::store::{Loaded, Store, StoreError};
 use trainyard_transport::clock::Clock;
-use trainyard_transport::task::{AbortOnDrop, spawn};
+use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
 
 pub(crate) use handle::Driver;
 use round::Committer;
@@ -130,6 +130,8 @@ struct State {
     last_schedule: Option<Instant>,
     last_look: Timestamp,
     timers_held_until: Option<Timestamp>,
+    /// Of a state that was restored from a backup: where to note that its nodes were heard of.
+    restored: Option<Arc<dyn Store>>,
 }
 
 async fn run(
@@ -174,8 +176,11 @@ impl State {
         // Shorter than what makes the core itself take a late timer for a pause.
         let grace = config.unreachable_after / 2;
         let now = clock.now();
+        let core = Core::new(config, loaded.snapshot, now);
+        let restored = (!core.is_reconciled()).then(|| store.clone());
         Self {
-            core: Core::new(config, loaded.snapshot, now),
+            core,
+            restored,
             committer: Committer::start(store, term),
             read,
             clock,
@@ -249,7 +254,23 @@ impl State {
             self.note_schedule(&placed);
             effects.extend(placed);
         }
-        self.carry_out(now, effects).await
+        self.carry_out(now, effects).await?;
+        self.note_reconciled();
+        Ok(())
+    }
+
+    /// Once the nodes of a restored state were heard of, the next start need not wait for them again.
+    fn note_reconciled(&mut self) {
+        if !self.core.is_reconciled() {
+            return;
+        }
+        if let Some(store) = self.restored.take() {
+            spawn("reconciled", async move {
+                if let Err(error) = blocking(move || store.reconciled()).await {
+                    tracing::warn!(%error, "the next start waits for the restored nodes again");
+                }
+            });
+        }
     }
 
     fn take(&mut self, now: Timestamp, input: Input, outbox: &mut Outbox) {

@@ -8,6 +8,7 @@
 //! coordinator.json   where it can be reached, while it runs
 //! cluster-id         says that state.db must be there
 //! state.db           rows and transitions (SQLite, WAL)
+//! state.reserve      room that is given back when the disk is full
 //! ca/                the authority: ca.pem, ca.key.pem
 //! admin/             the local admin's credentials
 //! blobs/<aa>/<hash>  snapshots, outputs, checkpoints; blobs/partial/ what is arriving
@@ -18,6 +19,7 @@
 
 mod auth;
 mod authority;
+mod backup;
 mod blobs;
 pub mod config;
 mod coordinator;
@@ -33,8 +35,9 @@ pub mod store;
 mod testing;
 
 pub use authority::AuthorityError;
+pub use backup::{Backup, BackupError, backup, check, restore};
 pub use config::{Config, ConfigError, Timing};
-pub use coordinator::{Coordinator, LocalNodeError, StartError, check, start};
+pub use coordinator::{Coordinator, LocalNodeError, StartError, start};
 pub use driver::FatalError;
 pub use presence::Presence;
 pub use trainyard_transport::clock::Clock;

@@ -3,10 +3,12 @@
 //!
 //! It must not know what the files mean.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 /// Mode of everything that is written here, secret or not: nobody else has any business with it.
 pub const PRIVATE_FILE_MODE: u32 = 0o600;
@@ -52,6 +54,31 @@ pub fn create_private_dir(path: &Path) -> io::Result<()> {
 /// Whatever the file system says.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// Takes the lock of `file` (as of `flock`), waiting for another holder to let it go for at most `patience`; nothing if
+/// it did not. The lock is held until the file is dropped. It blocks.
+///
+/// # Errors
+/// Whatever the file system says, or that no thread can be started.
+pub fn lock_within(file: File, patience: Duration) -> io::Result<Option<File>> {
+    match file.try_lock() {
+        Ok(()) => return Ok(Some(file)),
+        Err(TryLockError::WouldBlock) if patience.is_zero() => return Ok(None),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    // The kernel wakes a thread that waits for a lock, and knows no time limit for it, so another one waits. If it gets
+    // the lock too late, nobody takes it over, and that drops it.
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let waiter = move || {
+        let locked = file.lock().map(|()| file);
+        let _ = sender.send(locked);
+    };
+    std::thread::Builder::new()
+        .name("file-lock".to_owned())
+        .spawn(waiter)?;
+    receiver.recv_timeout(patience).ok().transpose()
 }
 
 /// A new, empty file beside `path` with an unguessable name, and that name.
@@ -136,6 +163,24 @@ mod tests {
         write_private(&path, b"x").unwrap_err();
         assert_eq!(names(dir.path()), ["taken"]);
         write_private(Path::new("/"), b"x").unwrap_err();
+    }
+
+    #[test]
+    fn a_lock_is_waited_for_so_long_and_no_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let open = || File::create(&path).unwrap();
+        let first = lock_within(open(), Duration::ZERO).unwrap().unwrap();
+        assert!(lock_within(open(), Duration::ZERO).unwrap().is_none());
+        let short = Duration::from_millis(10);
+        assert!(lock_within(open(), short).unwrap().is_none());
+        let file = open();
+        let second = std::thread::spawn(move || lock_within(file, Duration::from_secs(60)));
+        drop(first);
+        let second = second.join().unwrap().unwrap();
+        // Whoever was refused above may have it for a moment, but does not keep it.
+        assert!(second.is_some());
+        assert!(lock_within(open(), Duration::ZERO).unwrap().is_none());
     }
 
     #[test]

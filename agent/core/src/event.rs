@@ -139,6 +139,20 @@ pub struct Uploaded {
     pub warning: Option<String>,
 }
 
+impl Uploaded {
+    /// Puts it into the end of what was uploaded. A warning that the end came with stays in front.
+    pub fn complete(self, ending: &mut Ending) {
+        ending.outputs = self.outputs;
+        ending.checkpoint = self.checkpoint;
+        if let Some(warning) = self.warning {
+            if !ending.warning.is_empty() {
+                ending.warning.push_str("; ");
+            }
+            ending.warning.push_str(&warning);
+        }
+    }
+}
+
 /// A member that was found on disk when the agent started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecoveredMember {

@@ -187,11 +187,7 @@ impl Member {
             return;
         };
         let mut ending = ending.clone();
-        ending.outputs = uploaded.outputs;
-        ending.checkpoint = uploaded.checkpoint;
-        if let Some(warning) = uploaded.warning {
-            ending.warning = warning;
-        }
+        uploaded.complete(&mut ending);
         self.enter(Stage::Ended(ending));
     }
 

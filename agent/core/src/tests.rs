@@ -208,6 +208,7 @@ fn a_member_lives_from_prepare_to_forget() {
     );
     assert!(env.core.has_live_members());
     let mut end = ending(EndCause::Completed, true);
+    end.warning = "output was dropped".to_owned();
     let started = true;
     assert_eq!(
         env.runtime(id, RuntimeState::Gone(end.clone())),
@@ -226,7 +227,7 @@ fn a_member_lives_from_prepare_to_forget() {
         warning: Some("a socket was left out".to_owned()),
     };
     end.outputs = uploaded.outputs;
-    end.warning = "a socket was left out".to_owned();
+    end.warning = "output was dropped; a socket was left out".to_owned();
     let attempt = it;
     assert_eq!(
         env.tell(Event::UploadFinished { attempt, uploaded }),

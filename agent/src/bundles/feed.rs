@@ -298,11 +298,7 @@ impl Feeder {
         };
         pending.waits = false;
         if let TaskReport::Ended { ending, .. } = &mut pending.report {
-            ending.outputs = uploaded.outputs;
-            ending.checkpoint = uploaded.checkpoint;
-            if let Some(warning) = uploaded.warning {
-                ending.warning = warning;
-            }
+            uploaded.complete(ending);
         }
     }
 

@@ -53,6 +53,8 @@ pub use self::cgroup::usable as usable_cgroup;
 pub use self::dir::AttemptDir;
 pub use self::process::start_time;
 pub use self::shim::shim_main;
+#[cfg(test)]
+pub(crate) use self::tests::SmallDisk;
 
 use self::client::{Link, Wanted};
 use self::start::Shims;

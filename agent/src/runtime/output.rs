@@ -44,6 +44,27 @@ impl LogFile for File {
     }
 }
 
+/// Logs that are named in a warning; the rest are counted.
+const NAMED: usize = 8;
+
+/// Output that is not in a log, and of which the log says nothing either.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unmarked {
+    pub(super) bytes: u64,
+    pub(super) cause: String,
+}
+
+/// What is to be said of the output of some ranks; empty if nothing is. Its length is bounded.
+pub(super) fn warning(unmarked: &[(u32, Unmarked)]) -> String {
+    let named = unmarked.iter().take(NAMED).map(|(rank, unmarked)| {
+        let Unmarked { bytes, cause } = unmarked;
+        format!("{bytes} bytes of output of rank {rank} were dropped: {cause}")
+    });
+    let more = unmarked.len().saturating_sub(NAMED);
+    let tail = (more > 0).then(|| format!("output of {more} more ranks was dropped"));
+    named.chain(tail).collect::<Vec<_>>().join("; ")
+}
+
 /// One rank's log: whole records only, whatever the disk does.
 #[derive(Debug)]
 pub(super) struct RankLog<F> {
@@ -175,6 +196,14 @@ impl<F: LogFile> RankLog<F> {
             self.torn = false;
         }
     }
+
+    /// What [`Self::finish`] found no place for a marker for: a disk may be full until all is over.
+    pub(super) fn unmarked(&self) -> Option<Unmarked> {
+        (self.dropped > 0).then(|| Unmarked {
+            bytes: self.dropped,
+            cause: self.cause.clone(),
+        })
+    }
 }
 
 fn describe(error: &io::Error) -> &'static str {
@@ -197,7 +226,7 @@ pub(crate) struct Output {
     /// Bounded by what is counted in `shared`. A queue of fixed length would take its half MiB from the beginning.
     queue: Sender<Piece>,
     shared: Arc<Shared>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Vec<Option<Unmarked>>>,
 }
 
 #[derive(Debug)]
@@ -282,15 +311,20 @@ impl Output {
         }
     }
 
-    /// Waits until everything is written, as far as the disk takes it.
-    pub(crate) fn finish(self) {
+    /// Waits until everything is written, as far as the disk takes it. For each log, what is neither in it nor marked.
+    pub(super) fn finish(self) -> Vec<Option<Unmarked>> {
         drop(self.queue);
         // A panic there is our own bug and has been printed; the exit status is worth more than the last lines.
-        let _ = self.thread.join();
+        self.thread.join().unwrap_or_default()
     }
 }
 
-fn write_all<F: LogFile>(mut logs: Vec<RankLog<F>>, pieces: &Receiver<Piece>, shared: &Shared) {
+/// What of each log is unmarked at the end.
+fn write_all<F: LogFile>(
+    mut logs: Vec<RankLog<F>>,
+    pieces: &Receiver<Piece>,
+    shared: &Shared,
+) -> Vec<Option<Unmarked>> {
     let mut last = Timestamp(0);
     while let Ok(first) = pieces.recv() {
         let mut next = Some(first);
@@ -311,6 +345,7 @@ fn write_all<F: LogFile>(mut logs: Vec<RankLog<F>>, pieces: &Receiver<Piece>, sh
         take_overflow(&mut logs, shared, index);
         logs[index].finish(last);
     }
+    logs.iter().map(RankLog::unmarked).collect()
 }
 
 fn take_overflow<F: LogFile>(logs: &mut [RankLog<F>], shared: &Shared, index: usize) {
@@ -401,6 +436,7 @@ mod tests {
         say(900, b"lost");
         say(1500, b"kept");
         log.finish(Timestamp(1501));
+        assert_eq!(log.unmarked(), None, "the marker tells");
         assert_eq!(
             disk.read(),
             [
@@ -420,10 +456,49 @@ mod tests {
             log.flush(Timestamp(at * 600));
         }
         log.finish(Timestamp(100_000));
-        assert_eq!(log.dropped, 99 * 17);
+        let unmarked = log.unmarked().unwrap();
+        assert_eq!(unmarked.bytes, 99 * 17);
+        assert_eq!(unmarked.cause, "log disk full");
         assert_eq!(
             disk.read(),
             [(LogKind::Stderr, b"a line of output\n".to_vec())]
+        );
+    }
+
+    #[test]
+    fn what_has_no_marker_is_told_at_the_end() {
+        let full = || Disk::of(0);
+        let output = Output::start_with(vec![full(), Disk::of(1 << 20), full()], 1 << 20).unwrap();
+        for log in 0..3 {
+            output.write(log, LogKind::Stdout, Timestamp(1), &[b'x'; 7]);
+        }
+        let unmarked = Unmarked {
+            bytes: 7,
+            cause: "log disk full".to_owned(),
+        };
+        assert_eq!(
+            output.finish(),
+            [Some(unmarked.clone()), None, Some(unmarked)]
+        );
+    }
+
+    #[test]
+    fn a_warning_names_some_and_counts_the_rest() {
+        let unmarked = |rank| {
+            let cause = "log disk full".to_owned();
+            (rank, Unmarked { bytes: 9, cause })
+        };
+        let of = |ranks| warning(&(0..ranks).map(unmarked).collect::<Vec<_>>());
+        assert_eq!(of(0), "");
+        assert_eq!(
+            of(1),
+            "9 bytes of output of rank 0 were dropped: log disk full"
+        );
+        let text = of(1000);
+        assert!(text.len() < 1000, "{text}");
+        assert!(
+            text.ends_with("; output of 992 more ranks was dropped"),
+            "{text}"
         );
     }
 
@@ -483,7 +558,7 @@ mod tests {
             assert!(output.shared.queued_bytes.load(Ordering::Relaxed) <= QUEUE_BYTES);
         }
         drop(closed);
-        output.finish();
+        assert_eq!(output.finish(), [None]);
         let records = disk.read();
         let kept: u64 = records
             .iter()

@@ -24,7 +24,7 @@ use super::cgroup::{Cgroup, OomCounter};
 use super::dir::{AttemptDir, write_json_once};
 use super::footprint;
 use super::launch::{self, Context};
-use super::output::Output;
+use super::output::{self, Output};
 use super::peers::Peers;
 use super::pipes::{Pipe, READ_BYTES};
 use super::port::HeldPort;
@@ -551,9 +551,14 @@ impl Supervisor {
             self.read_pipe(index, 64 * READS_PER_TURN);
         }
         self.pipes.clear();
-        if let Some(output) = self.output.take() {
-            output.finish();
-        }
+        // A log without a place for its marker cannot tell what it lacks; the ending does.
+        let unmarked = self.output.take().map(Output::finish).unwrap_or_default();
+        let unmarked: Vec<_> = self
+            .ranks
+            .iter()
+            .zip(unmarked)
+            .filter_map(|(rank, unmarked)| Some((rank.rank, unmarked?)))
+            .collect();
         let ended_at = self.clock.now();
         let ranks = self.ranks.iter().map(|rank| {
             rank.end.unwrap_or(RankEnd {
@@ -572,7 +577,7 @@ impl Supervisor {
             ended_at,
             outputs: None,
             checkpoint: None,
-            warning: String::new(),
+            warning: output::warning(&unmarked),
         };
         self.phase = Phase::Gone;
         self.set_state(ShimState::Gone(ending));

@@ -99,6 +99,44 @@ pub(super) fn sh(script: &str) -> MemberSpec {
     spec(&["/bin/sh", "-c", script])
 }
 
+/// A small file system in memory, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    /// Nothing where this user may not mount.
+    pub(crate) fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=1m", "none"])
+            .arg(dir.path())
+            .stderr(std::process::Stdio::null())
+            .status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then_some(Self(dir))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Leaves no byte of space.
+    pub(crate) fn fill(&self) {
+        let mut file = std::fs::File::create(self.path().join("filler")).unwrap();
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("--lazy")
+            .arg(self.0.path())
+            .status();
+    }
+}
+
 /// One agent's runtime with its events.
 struct World {
     scratch: TempDir,

@@ -3,7 +3,7 @@
 
 use trainyard_common::ids::{AttemptRef, NodeId};
 use trainyard_common::member::{EndCause, Ending, RankEnd};
-use trainyard_common::record::{AttemptRecord, NodeRecord};
+use trainyard_common::record::{AttemptRecord, NodeRecord, TaskRecord};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{
     AttemptState, ExitStatus, JobState, MemberPhase, NodeAvailability, Outcome, Reason, ReasonCode,
@@ -286,6 +286,9 @@ impl Core {
         let Some(before) = self.t.advance_member(id, rank, MemberPhase::Ended) else {
             return;
         };
+        if before == MemberPhase::Uploading {
+            self.give_up_upload(id, rank, &why.message);
+        }
         if !is_released(before) {
             self.wants_schedule = true;
             // Changes nothing if the outcome is decided. A member that was uploading ended by itself before.
@@ -318,16 +321,24 @@ impl Core {
         if attempt.outcome.is_none() {
             return self.settle_undecided(now, id);
         }
-        // Processes are gone where a member uploads, so giving that up risks nothing but what was not uploaded.
-        let uploading: Vec<usize> = (0..attempt.members.len())
-            .filter(|rank| {
-                let member = &attempt.members[*rank];
+        let uploading: Vec<(usize, NodeId)> = attempt
+            .members
+            .iter()
+            .enumerate()
+            .filter(|(_, member)| {
                 member.phase == MemberPhase::Uploading
                     && self.is_given_up(now, attempt, member.node)
             })
+            .map(|(rank, member)| (rank, member.node))
             .collect();
-        for rank in uploading {
-            self.t.advance_member(id, rank, MemberPhase::Ended);
+        if self.may_replace(attempt) {
+            // Processes are gone where a member uploads, so giving that up risks nothing but what was not uploaded.
+            for (rank, node) in uploading {
+                self.give_up_upload(id, rank, &format!("{node} is not heard of"));
+                self.t.advance_member(id, rank, MemberPhase::Ended);
+            }
+        } else if let Some((_, node)) = uploading.first() {
+            return self.explain_upload(now, id, *node);
         }
         let Some(attempt) = self.t.attempts.get(&id) else {
             return;
@@ -350,6 +361,41 @@ impl Core {
         {
             self.close(now, id, AttemptState::Lost);
         }
+    }
+
+    /// Says at a member what of it is lost with an upload that nobody waits for any more.
+    fn give_up_upload(&mut self, id: AttemptRef, rank: usize, why: &str) {
+        let member = self
+            .t
+            .attempt_mut(id)
+            .and_then(|attempt| attempt.members.get_mut(rank));
+        let Some(member) = member else { return };
+        let lost = match (member.outputs, member.checkpoint) {
+            (None, None) => "its logs, outputs and checkpoint were",
+            (None, Some(_)) => "its logs and outputs were",
+            (Some(_), None) => "its logs and checkpoint were",
+            (Some(_), Some(_)) => "the rest of its logs was",
+        };
+        let told = format!("{lost} not brought in: {why}");
+        if member.warning.is_empty() {
+            member.warning = told;
+        } else {
+            member.warning = format!("{}; {told}", member.warning);
+        }
+    }
+
+    /// Tells the task that its results are waited for, however long its node is silent.
+    fn explain_upload(&mut self, now: Timestamp, id: AttemptRef, node: NodeId) {
+        let key = (id.job, id.task);
+        let told = |task: &TaskRecord| {
+            task.state != JobState::Stopping || task.reason.code == ReasonCode::NodeUnreachable
+        };
+        if self.t.tasks.get(&key).is_none_or(told) {
+            return;
+        }
+        let message = format!("{node} is not heard of; waits until its results are brought in");
+        let reason = Reason::new(ReasonCode::NodeUnreachable, message);
+        self.t.set_task(key, now, JobState::Stopping, reason);
     }
 
     fn settle_undecided(&mut self, now: Timestamp, id: AttemptRef) {
@@ -393,7 +439,8 @@ impl Core {
 
     /// A silent node is heard of again: its attempts that only waited for it go on.
     pub(crate) fn resume_waiting(&mut self, now: Timestamp, node: NodeId) {
-        for (id, _) in self.t.members_on(node) {
+        for (id, rank) in self.t.members_on(node) {
+            self.resume_upload(now, id, rank);
             let waits = self.t.attempts.get(&id).is_some_and(|attempt| {
                 attempt.outcome.is_none() && attempt.reason.code == ReasonCode::NodeUnreachable
             });
@@ -410,6 +457,23 @@ impl Core {
                 };
                 self.explain_attempt(now, id, reason);
             }
+        }
+    }
+
+    /// The same for a task that only waited for what the node has of it.
+    fn resume_upload(&mut self, now: Timestamp, id: AttemptRef, rank: usize) {
+        let uploads = self.t.attempts.get(&id).is_some_and(|attempt| {
+            attempt.outcome.is_some()
+                && !attempt.state.is_over()
+                && attempt.members[rank].phase == MemberPhase::Uploading
+        });
+        let key = (id.job, id.task);
+        let waits = self.t.tasks.get(&key).is_some_and(|task| {
+            task.state == JobState::Stopping && task.reason.code == ReasonCode::NodeUnreachable
+        });
+        if uploads && waits {
+            let reason = Reason::new(ReasonCode::Uploading, "its results are brought in");
+            self.t.set_task(key, now, JobState::Stopping, reason);
         }
     }
 

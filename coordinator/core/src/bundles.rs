@@ -155,6 +155,8 @@ impl Core {
         };
         let pace = self.live.paces.get(&bundle.id);
         match pace {
+            // A node that could not prepare lately gets one task at a time.
+            Some(_) if self.live.troubles.is_known(bundle.node) => 0,
             Some(pace) if bundle.state == BundleState::Running && open() => {
                 top_up(bundle.slots, pace.ahead(bundle.slots), bundle.tasks.count())
             }

@@ -488,6 +488,7 @@ fn check_timers(core: &Core, wrong: &mut Vec<String>) {
     if prepare != waiting || armed != core.live.prepare_timers {
         wrong.push("the timers of attempts that prepare do not agree".to_owned());
     }
+    wrong.extend(core.live.troubles.check());
     let retries: BTreeSet<_> = core
         .live
         .not_before

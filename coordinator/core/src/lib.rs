@@ -20,6 +20,7 @@ mod live;
 mod nodes;
 mod outbox;
 mod reports;
+mod restored;
 mod scheduler;
 mod sessions;
 mod snapshot;
@@ -30,6 +31,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod timers;
+mod trouble;
 
 use std::time::Duration;
 
@@ -65,6 +67,7 @@ impl Core {
     /// Starts from rows. Every lease begins anew at `now`: no node is lost because we were away.
     #[must_use]
     pub fn new(config: Config, snapshot: Snapshot, now: Timestamp) -> Self {
+        let awaited = snapshot.awaited.clone();
         let mut core = Self {
             config,
             t: Tables::new(snapshot),
@@ -79,6 +82,7 @@ impl Core {
         core.later.clear();
         core.live.shrunk = core.overused();
         core.restart_leases(now);
+        core.await_nodes(now, awaited);
         core
     }
 

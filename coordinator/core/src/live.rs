@@ -8,8 +8,10 @@ use trainyard_common::time::Timestamp;
 
 use crate::ahead::Pace;
 use crate::event::SessionId;
+use crate::restored::Awaited;
 use crate::scheduler::Shapes;
 use crate::tables::TaskKey;
+use crate::trouble::Troubles;
 
 #[derive(Debug, Default)]
 pub(crate) struct Live {
@@ -42,8 +44,12 @@ pub(crate) struct Live {
     pub(crate) not_before: BTreeMap<TaskKey, Timestamp>,
     /// Nodes on which earlier attempts of a task failed for a cause in the infrastructure: taken last.
     pub(crate) avoid: BTreeMap<TaskKey, BTreeSet<NodeId>>,
+    /// Nodes that could not prepare lately.
+    pub(crate) troubles: Troubles,
     /// Highest attempt that an agent reported of a task whose row knows fewer (after a restored backup).
     pub(crate) floors: BTreeMap<TaskKey, u32>,
+    /// Nodes without which nothing is placed after a restored backup.
+    pub(crate) awaited: Awaited,
     /// Leases began anew at this time.
     pub(crate) lease_base: Timestamp,
     /// Nodes that were seen and are not lost.
@@ -124,6 +130,8 @@ impl Live {
             self.prepare_timers.first().map(|entry| entry.0),
             self.bundle_timers.first().map(|entry| entry.0),
             self.retry_timers.first().map(|entry| entry.0),
+            self.awaited.next(),
+            self.troubles.next(),
         ];
         first.into_iter().flatten().min()
     }

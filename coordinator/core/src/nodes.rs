@@ -83,6 +83,7 @@ impl Core {
         self.live.last_heard.remove(&node);
         self.live.opened.remove(&node);
         self.live.shrunk.remove(&node);
+        self.live.troubles.over(node);
         self.live.arm_node(node, None);
         self.weigh_silence(now, node);
         self.wants_schedule = true;

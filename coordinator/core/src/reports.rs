@@ -195,6 +195,7 @@ impl Core {
         }
         if let ObservedBundlePhase::Ended { total, message } = &seen.phase {
             if bundle.state == BundleState::Placed && !message.is_empty() {
+                self.live.troubles.failed(now, bundle.node, message);
                 let message = format!("could not prepare on {}: {message}", bundle.node);
                 let reason = Reason::new(ReasonCode::PrepareFailed, message);
                 self.end_bundling(bundle.id.job, &reason);
@@ -253,6 +254,7 @@ impl Core {
         match report {
             TaskReport::Started { task, at } => {
                 self.bundle_runs(bundle);
+                self.node_prepared(bundle.node);
                 if bundle.state != BundleState::Lost && bundle.tasks.contains(*task) {
                     let on = format!("attempt 1 runs on {}", bundle.node);
                     self.carry(now, bundle, *task, Some((*at, on)));
@@ -269,6 +271,7 @@ impl Core {
                 if !bundle.tasks.remove(*task) {
                     return; // An agent that repeats itself under another number.
                 }
+                self.note_preparation(now, bundle.node, started_at.is_some(), ending);
                 if let Some(started_at) = started_at {
                     let pace = self.live.paces.entry(bundle.id).or_default();
                     pace.note(*started_at, ending.ended_at);

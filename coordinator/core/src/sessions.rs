@@ -7,7 +7,7 @@ use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{AttemptRef, Incarnation, NodeId};
 use trainyard_common::limits;
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, Ending, ObservedMember, ObservedPhase, Stop,
+    DesiredMember, DesiredPhase, EndCause, Ending, ObservedMember, ObservedPhase, Stop,
 };
 use trainyard_common::record::NodeRecord;
 use trainyard_common::state::{
@@ -61,6 +61,7 @@ impl Core {
         desired.sort_by_key(|member| member.attempt);
         let (bundles, forget_bundles) = self.reconcile_bundles(now, node, &reg.bundles);
         self.live.sessions.insert(node, reg.session);
+        self.no_longer_awaited(node);
         self.send(node, Command::Welcome { desired, bundles });
         for id in forget {
             self.send(node, Command::Forget(id));
@@ -206,6 +207,9 @@ impl Core {
         }
         let message = match never_accepted {
             true => format!("{node} never accepted attempt {}", id.attempt),
+            false if member.phase == MemberPhase::Uploading => {
+                format!("{node} no longer knows attempt {}", id.attempt)
+            }
             false => format!(
                 "{node} no longer knows attempt {}; how its ranks ended is not known",
                 id.attempt
@@ -332,7 +336,13 @@ impl Core {
             .array
             .map_or((0, 0), |array| (array.first, array.last));
         let known = self.t.tasks.get(&key).map_or(0, |task| task.attempts);
-        let over = !self.t.tasks.contains_key(&key) && id.task < job.next_fresh;
+        // A task in a bundle has no row either, and is not over.
+        let over = !self.t.tasks.contains_key(&key)
+            && id.task < job.next_fresh
+            && !self
+                .t
+                .bundles_of(id.job)
+                .any(|bundle| bundle.tasks.contains(id.task));
         let lead = id.attempt.0.saturating_sub(known);
         if (first..=last).contains(&id.task.0) && !over && (1..=MAX_ATTEMPT_LEAD).contains(&lead) {
             let floor = self.live.floors.entry(key).or_default();
@@ -348,24 +358,52 @@ impl Core {
         if let Some(end) = ending(&seen.phase) {
             self.record_ending(id, rank, before, end);
         }
+        let node = self.t.attempts.get(&id).map(|a| a.members[rank].node);
         match &seen.phase {
             ObservedPhase::Preparing => self.member_prepares(id),
             ObservedPhase::Ready { port } => {
+                node.into_iter().for_each(|node| self.node_prepared(node));
                 if let Some(attempt) = self.t.attempt_mut(id) {
                     attempt.members[rank].port = Some(*port);
                 }
                 self.member_ready(now, id);
             }
-            ObservedPhase::Running { started_at } => self.member_runs(now, id, *started_at),
+            ObservedPhase::Running { started_at } => {
+                node.into_iter().for_each(|node| self.node_prepared(node));
+                self.member_runs(now, id, *started_at);
+            }
             ObservedPhase::Stopping => {}
             ObservedPhase::Uploading(end) | ObservedPhase::Ended(end) => {
                 if !is_released(before) {
                     self.wants_schedule = true;
+                    if let Some(node) = node {
+                        self.note_preparation(now, node, end.started, end);
+                    }
                     self.member_over(now, id, rank, end);
                 }
             }
         }
         self.settle(now, id);
+    }
+
+    /// Something was prepared on the node, so others can be.
+    pub(crate) fn node_prepared(&mut self, node: NodeId) {
+        self.wants_schedule |= self.live.troubles.over(node);
+    }
+
+    /// Takes from an end whether the node can prepare.
+    pub(crate) fn note_preparation(
+        &mut self,
+        now: Timestamp,
+        node: NodeId,
+        started: bool,
+        end: &Ending,
+    ) {
+        if started {
+            self.node_prepared(node);
+        } else if end.cause == EndCause::PrepareFailed {
+            self.live.troubles.failed(now, node, &end.message);
+        }
     }
 
     /// How the ranks ended is taken from the first report of the end; later ones only add what was uploaded.
@@ -413,9 +451,23 @@ impl Core {
         availability: NodeAvailability,
         reason: Reason,
     ) {
+        // Before this registration, if it is one: a node's first one is no return.
+        let returns = self.t.nodes.get(&node).is_some_and(|record| {
+            record.availability != NodeAvailability::Ready
+                && record.reason.code != ReasonCode::Enrolled
+        });
         let Some(record) = self.t.node_mut(node) else {
             return;
         };
+        let urgency = match availability {
+            _ if record.availability == availability => None,
+            NodeAvailability::Ready => returns.then_some(Urgency::Info),
+            NodeAvailability::Unreachable | NodeAvailability::Lost => Some(Urgency::Warn),
+        };
+        if let Some(urgency) = urgency {
+            let told = Effect::Note(urgency, Some(node), reason.clone());
+            self.later.push(told);
+        }
         let cordoned =
             record.policy != NodePolicy::Active && availability == NodeAvailability::Ready;
         if !(cordoned && record.reason.code == ReasonCode::Operator) {

@@ -1,5 +1,7 @@
 //! What the core starts from: the durable rows that concern live work. It must not know how they are stored.
 
+use std::collections::BTreeSet;
+
 use trainyard_common::ids::{Digest, JobId, NodeId, RequestId, TokenId, UserName};
 use trainyard_common::record::{
     AttemptRecord, BundleRecord, JobRecord, NodeRecord, TaskRecord, TokenRecord, UserRecord,
@@ -40,6 +42,8 @@ pub struct Snapshot {
     pub users: Vec<UserRecord>,
     /// Submissions accepted within the retention, of live and of finished jobs.
     pub requests: Vec<RememberedRequest>,
+    /// Nodes that must be heard of before anything is placed: after a restored backup those that were ready in it.
+    pub awaited: BTreeSet<NodeId>,
     /// The id of the next job, above every id ever given.
     pub next_job: JobId,
     /// The id of the next node, likewise.
@@ -59,6 +63,7 @@ impl Default for Snapshot {
             tokens: Vec::new(),
             users: Vec::new(),
             requests: Vec::new(),
+            awaited: BTreeSet::new(),
             next_job: JobId(1),
             next_node: NodeId(1),
             next_token: TokenId(1),

@@ -98,6 +98,7 @@ impl Store {
                     at: job.submitted_at,
                 })
                 .collect(),
+            awaited: std::collections::BTreeSet::new(),
             next_job: JobId(self.jobs.keys().next_back().map_or(1, |id| id.0 + 1)),
             next_node: NodeId(self.highest_node + 1),
             next_token: TokenId(self.tokens.keys().next_back().map_or(1, |id| id.0 + 1)),

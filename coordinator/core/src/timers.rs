@@ -21,6 +21,7 @@ const BRAKE_LEAST: usize = 3;
 impl Core {
     pub(crate) fn on_timer(&mut self, now: Timestamp) {
         self.check_silence(now);
+        self.awaits_nodes(now);
         while let Some((at, id)) = self.live.prepare_timers.first().copied()
             && at <= now
         {
@@ -39,6 +40,7 @@ impl Core {
             self.live.clear_delay(key);
             self.wants_schedule = true;
         }
+        self.wants_schedule |= self.live.troubles.take_ended(now);
     }
 
     /// Begins every lease anew: after a start, or when we notice that we did not run for a while.

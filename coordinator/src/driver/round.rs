@@ -12,7 +12,7 @@ use trainyard_common::time::Timestamp;
 use trainyard_coordinator_core::effect::{Command, Effect, Urgency};
 use trainyard_coordinator_core::event::SessionId;
 
-use super::{FatalError, SessionMessage, State};
+use super::{FatalError, SESSION_QUEUE, SessionMessage, State};
 use crate::store::{Store, StoreError};
 
 impl State {
@@ -77,11 +77,18 @@ impl State {
         let Some(commands) = self.sessions.get(&session) else {
             return;
         };
+        // Told again at the start of the next session. After an outage every member and bundle of a node may be due for one
+        // at once; were the session closed for that, the next one would begin and end in the same way. So they leave half
+        // of the queue to what must arrive.
+        let may_wait = matches!(
+            message,
+            SessionMessage::Command(Command::Forget(_) | Command::ForgetBundle(_))
+        );
+        if may_wait && commands.capacity() <= SESSION_QUEUE / 2 && !commands.is_closed() {
+            return;
+        }
         match commands.try_send(message) {
             Ok(()) => {}
-            // Told again at the start of the next session. After an outage every member of a node may be due for one at
-            // once; were the session closed, the next one would begin and end in the same way.
-            Err(mpsc::error::TrySendError::Full(SessionMessage::Command(Command::Forget(_)))) => {}
             // Dropping our end closes the session; the agent comes back and gets its whole set.
             Err(mpsc::error::TrySendError::Full(_)) => {
                 tracing::warn!(

@@ -3,11 +3,13 @@
 use std::future::Future;
 use std::sync::{Condvar, Mutex};
 
+use trainyard_common::bundle::{ObservedBundle, ObservedBundlePhase};
 use trainyard_common::error::ErrorCode;
 use trainyard_common::ids::{
     AttemptRef, ClusterId, Digest, Incarnation, JobId, NodeId, Sequence, UserName,
 };
 use trainyard_common::inventory::Inventory;
+use trainyard_common::member::{EndCause, Ending, ObservedMember, ObservedPhase};
 use trainyard_common::record::{AttemptRecord, JobRecord, Record, Role, Target};
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::JobSpec;
@@ -18,6 +20,8 @@ use crate::testing::CLUSTER;
 
 /// A store whose commits wait until they are let through.
 struct Gated {
+    reconciled: Mutex<bool>,
+    noted: Condvar,
     inner: MemStore,
     open: Mutex<bool>,
     changed: Condvar,
@@ -26,6 +30,8 @@ struct Gated {
 impl Gated {
     fn new() -> Arc<Self> {
         Arc::new(Self {
+            reconciled: Mutex::new(false),
+            noted: Condvar::new(),
             inner: MemStore::new(CLUSTER),
             open: Mutex::new(true),
             changed: Condvar::new(),
@@ -55,6 +61,11 @@ impl Store for Gated {
         drop(self.changed.wait_while(open, |open| !*open).unwrap());
         self.inner.commit(term, at, records)
     }
+    fn reconciled(&self) -> Result<(), StoreError> {
+        *self.reconciled.lock().unwrap() = true;
+        self.noted.notify_all();
+        Ok(())
+    }
     fn load(&self, now: Timestamp, since: Timestamp) -> Result<Loaded, StoreError> {
         self.inner.load(now, since)
     }
@@ -72,6 +83,19 @@ impl Store for Gated {
     }
     fn check(&self) -> Result<CheckReport, StoreError> {
         self.inner.check()
+    }
+}
+
+fn ended() -> Ending {
+    Ending {
+        cause: EndCause::Completed,
+        message: String::new(),
+        started: true,
+        ranks: Vec::new(),
+        ended_at: Timestamp(1),
+        outputs: None,
+        checkpoint: None,
+        warning: String::new(),
     }
 }
 
@@ -162,6 +186,15 @@ impl Bench {
     }
 
     async fn open_session(&self, node: NodeId) -> handle::OpenSession {
+        self.open_session_with(node, Vec::new(), Vec::new()).await
+    }
+
+    async fn open_session_with(
+        &self,
+        node: NodeId,
+        observed: Vec<ObservedMember>,
+        bundles: Vec<ObservedBundle>,
+    ) -> handle::OpenSession {
         let capacity = Resources {
             cpu_milli: 1_000_000,
             memory_bytes: 1 << 40,
@@ -180,8 +213,8 @@ impl Bench {
                     capacity,
                     ..Inventory::default()
                 },
-                observed: Vec::new(),
-                bundles: Vec::new(),
+                observed,
+                bundles,
             })
             .await
             .unwrap()
@@ -299,6 +332,56 @@ async fn a_session_that_does_not_keep_up_is_cut_off_and_holds_up_nobody() {
     );
 }
 
+/// A node with more than a queue full of each that ended long ago, as after an outage of ours.
+#[tokio::test]
+async fn ended_members_and_bundles_of_a_node_that_comes_back_do_not_cut_it_off() {
+    let bench = Bench::start().await;
+    let node = bench.add_node().await;
+    // The next job gets a higher number, so that attempts of the first one are known to be over.
+    soon("a submit", bench.submit(0)).await.unwrap();
+    let many = 1..=u32::try_from(SESSION_QUEUE).unwrap() + 50;
+    let members = many.clone().map(|task| ObservedMember {
+        attempt: format!("j1.{task}.1").parse().unwrap(),
+        node_rank: 0,
+        phase: ObservedPhase::Ended(ended()),
+    });
+    let bundles = many.map(|bundle| ObservedBundle {
+        bundle: format!("j1.b{bundle}").parse().unwrap(),
+        first: 0,
+        reports: Vec::new(),
+        phase: ObservedBundlePhase::Ended {
+            total: 0,
+            message: String::new(),
+        },
+    });
+    let opened = bench.open_session_with(node, members.collect(), bundles.collect());
+    let mut session = soon("the session", opened).await;
+    // And what matters still finds room before the agent has read anything.
+    for id in 1..=SESSION_QUEUE / 4 {
+        soon("a submit", bench.submit(id)).await.unwrap();
+    }
+    let mut changes = bench.read.watch();
+    soon(
+        "all to be placed",
+        changes.wait_for(|_| bench.read.tables().attempts.len() == SESSION_QUEUE / 4 + 1),
+    )
+    .await
+    .unwrap();
+    bench.settle().await;
+    let (mut forgotten, mut desired) = (0, 0);
+    while desired <= SESSION_QUEUE / 4 {
+        match soon("a command", session.commands.recv()).await {
+            Some(SessionMessage::Command(Command::Welcome { .. })) => {}
+            Some(SessionMessage::Command(Command::Forget(_) | Command::ForgetBundle(_))) => {
+                forgotten += 1;
+            }
+            Some(SessionMessage::Command(Command::Desire(_))) => desired += 1,
+            other => panic!("cut off: {other:?}"),
+        }
+    }
+    assert!(forgotten > SESSION_QUEUE / 4, "only {forgotten} forgotten");
+}
+
 #[tokio::test]
 async fn what_was_taken_in_before_the_end_is_carried_out() {
     let mut bench = Bench::start().await;
@@ -355,4 +438,48 @@ fn after_a_pause_of_ours_timers_wait_for_what_the_agents_sent() {
         state.look_at_clock(now.after(TICK)),
         "timers never fire again"
     );
+}
+
+#[tokio::test]
+async fn a_restored_state_is_noted_as_reconciled_once_its_nodes_were_heard_of() {
+    let before = Bench::start().await;
+    let node = before.add_node().await;
+    drop(soon("the session", before.open_session(node)).await);
+    before.settle().await;
+    before.stop.cancel();
+    let Bench { store, task, .. } = before;
+    drop(task);
+    let mut parts = parts(store.clone());
+    parts.loaded.snapshot.awaited = [node].into();
+    let (read, stop) = (parts.read.clone(), parts.stop.clone());
+    let (driver, task) = start(parts);
+    let bench = Bench {
+        store,
+        read,
+        driver,
+        task,
+        stop,
+    };
+    soon("a submit", bench.submit(1)).await.unwrap();
+    bench.settle().await;
+    assert!(bench.read.tables().attempts.is_empty(), "placed too early");
+    assert!(!*bench.store.reconciled.lock().unwrap());
+    let mut changes = bench.read.watch();
+    let _session = soon("the session", bench.open_session(node)).await;
+    soon(
+        "the job to be placed",
+        changes.wait_for(|_| bench.read.tables().attempts.len() == 1),
+    )
+    .await
+    .unwrap();
+    let store = bench.store.clone();
+    let noted = blocking(move || {
+        let noted = store.reconciled.lock().unwrap();
+        let limit = Duration::from_secs(20);
+        let waited = store
+            .noted
+            .wait_timeout_while(noted, limit, |noted| !*noted);
+        *waited.unwrap().0
+    });
+    assert!(noted.await, "not noted within 20 s");
 }

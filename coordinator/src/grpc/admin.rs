@@ -13,6 +13,7 @@ use trainyard_transport::token::Secret;
 
 use super::{Shared, reply, unexpected};
 use crate::auth::{self, Caller};
+use crate::disk::RESERVE_FOR_STATE;
 
 /// `AdminService`.
 pub(crate) struct AdminApi(pub(crate) Arc<Shared>);
@@ -23,6 +24,7 @@ impl AdminApi {
         request: Request<v1::CreateTokenRequest>,
     ) -> Result<v1::CreateTokenResponse, Refusal> {
         let by = auth::user(&request)?.name.clone();
+        self.0.disk.check(RESERVE_FOR_STATE, 0)?;
         let v1::CreateTokenRequest { grant, uses, ttl } = request.into_inner();
         let grant = convert::required("grant", grant)?;
         let ttl = convert::to_duration("ttl", ttl)?;

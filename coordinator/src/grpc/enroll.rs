@@ -17,6 +17,7 @@ use trainyard_transport::token::secret_hash;
 
 use super::{Shared, reply, unexpected};
 use crate::auth::{self, Caller};
+use crate::disk::RESERVE_FOR_STATE;
 
 /// Enrolments that may fail within a second, all callers together. A secret has 256 random bits, so this protects not
 /// the secret but the coordinator's time.
@@ -73,6 +74,7 @@ impl EnrollApi {
             certificate_request,
             name,
         } = request;
+        self.0.disk.check(RESERVE_FOR_STATE, 0)?;
         // Before the token is used: a request that cannot be signed must not cost one of its uses.
         self.0
             .certificates

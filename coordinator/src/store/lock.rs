@@ -16,6 +16,8 @@ use trainyard_transport::host;
 
 use super::StoreError;
 
+/// The lock's file in the state directory.
+pub(crate) const LOCK_FILE: &str = "coordinator.lock";
 /// How long another holder is waited for: a coordinator that was killed takes a moment until the kernel has taken it
 /// down, and whoever starts the next one should not meet it.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -43,7 +45,7 @@ impl StateLock {
         now: Timestamp,
         patience: Duration,
     ) -> Result<Self, StoreError> {
-        let path = dir.join("coordinator.lock");
+        let path = dir.join(LOCK_FILE);
         let failed = |operation, source| StoreError::File {
             operation,
             path: path.clone(),

@@ -119,6 +119,7 @@ impl Inner {
                 .collect(),
             users: self.users.values().cloned().collect(),
             requests: requests.map(remembered).collect(),
+            awaited: std::collections::BTreeSet::new(),
             next_job: JobId(self.jobs.last_key_value().map_or(1, |(id, _)| id.0 + 1)),
             next_node: NodeId(self.next_node.max(1)),
             next_token: TokenId(self.tokens.last_key_value().map_or(1, |(id, _)| id.0 + 1)),

@@ -12,8 +12,13 @@
 //! It knows rows and transitions and takes no decision about them.
 
 mod codec;
+#[cfg(test)]
+mod full_disk;
+#[cfg(test)]
+mod golden;
 mod lock;
 mod memory;
+mod reserve;
 mod sqlite;
 #[cfg(test)]
 mod tests;
@@ -26,10 +31,12 @@ use trainyard_common::record::{AttemptRecord, JobRecord, Record, TaskRecord};
 use trainyard_common::time::Timestamp;
 use trainyard_coordinator_core::Snapshot;
 
+pub(crate) use lock::LOCK_FILE;
 pub use lock::StateLock;
 pub use memory::MemStore;
-pub(crate) use sqlite::FILE_NAME;
 pub use sqlite::SqliteStore;
+pub(crate) use sqlite::inspect;
+pub(crate) use sqlite::{CLUSTER_FILE, FILE_NAME};
 
 /// Tasks and attempts of one job in one answer; a large array has more, and a message has a limit.
 pub const MAX_ROWS_OF_JOB: usize = 1000;
@@ -52,6 +59,14 @@ pub trait Store: Send + Sync + 'static {
     /// known about what is durable, so the caller must end.
     fn commit(&self, term: Term, at: Timestamp, records: &[Record])
     -> Result<Sequence, StoreError>;
+
+    /// After a restored backup: the nodes of it were heard of or given up, so the next start need not wait for them.
+    ///
+    /// # Errors
+    /// If it could not be made durable; the next start waits for them again then.
+    fn reconciled(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// The rows about live work at `now`, submissions accepted at or after `requests_since`, and the last sequence.
     ///
@@ -133,6 +148,43 @@ pub struct CheckReport {
     pub sequence: Sequence,
 }
 
+/// Damages that are told one by one; a state with more is lost anyhow.
+pub const MAX_DAMAGE: usize = 100;
+
+/// What a look at a whole state from outside found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspection {
+    /// Whose it is.
+    pub cluster: ClusterId,
+    /// The last term.
+    pub term: Term,
+    /// Rows of all tables that could be reached.
+    pub rows: u64,
+    /// Transitions that could be reached.
+    pub transitions: u64,
+    /// The last one that was written.
+    pub sequence: Sequence,
+    /// What is damaged, at most [`MAX_DAMAGE`] of it.
+    pub damage: Vec<Damage>,
+    /// Whether there is more.
+    pub more: bool,
+}
+
+/// One damaged place of a state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The table, or `(any)`.
+    pub table: String,
+    /// The row's key, or `(unknown)`.
+    pub key: String,
+    /// Where in the file, if that is known.
+    pub offset: Option<u64>,
+    /// What is wrong.
+    pub reason: String,
+    /// The jobs that it is about, as far as that can be told.
+    pub jobs: Vec<JobId>,
+}
+
 /// Why the state cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -181,7 +233,8 @@ pub enum StoreError {
         known: i64,
     },
     /// A row is damaged.
-    #[error("{} is damaged: table {table}, key {key}: {reason}; restore it from a backup", file.display())]
+    #[error("{} is damaged: table {table}, key {key}: {reason}; `yard coordinator check` tells everything that is damaged and \
+         the jobs that it is about; restore a backup with `yard coordinator restore`", file.display())]
     Corrupt {
         /// The database.
         file: PathBuf,

@@ -17,15 +17,17 @@ use trainyard_common::record::{AttemptRecord, JobRecord, Record};
 use trainyard_common::time::Timestamp;
 
 use super::codec;
+use super::reserve::Reserve;
 use super::{CheckReport, JobHistory, Loaded, Store, StoreError, Transition};
 
+pub(crate) mod inspect;
 mod read;
 mod write;
 
 /// The database's file in the state directory.
 pub(crate) const FILE_NAME: &str = "state.db";
 /// The cluster's id as text; written once the database exists, so its presence says that the database must be there.
-const CLUSTER_FILE: &str = "cluster-id";
+pub(crate) const CLUSTER_FILE: &str = "cluster-id";
 
 /// What this version reads and writes.
 const SCHEMA_VERSION: i64 = 1;
@@ -37,6 +39,8 @@ const CHECKED_AT_OPEN: u64 = 1000;
 const KEPT_READERS: usize = 8;
 /// Statements that a connection keeps prepared: there are about thirty.
 const PREPARED: usize = 48;
+/// Bytes of the write-ahead log that are kept for the next round of it: about three checkpoints.
+const WAL_LIMIT: i64 = 12 << 20;
 /// How long a connection waits for a lock of SQLite: only checkpoints and backups hold one against us.
 const BUSY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -79,12 +83,24 @@ CREATE TABLE IF NOT EXISTS bundles (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// When the state was restored from a backup, likewise.
+const SCHEMA_OF_RESTORES: &str = "
+CREATE TABLE IF NOT EXISTS restores (
+    at INTEGER NOT NULL, taken_at INTEGER NOT NULL, sequence INTEGER NOT NULL, reconciled INTEGER NOT NULL
+) STRICT;
+";
+
 /// State in `state.db`.
 pub struct SqliteStore {
     file: PathBuf,
     cluster: ClusterId,
-    writer: Mutex<Connection>,
+    writer: Mutex<Writer>,
     readers: Mutex<Vec<Connection>>,
+}
+
+struct Writer {
+    connection: Connection,
+    reserve: Reserve,
 }
 
 impl fmt::Debug for SqliteStore {
@@ -128,6 +144,8 @@ impl SqliteStore {
                 });
             }
         }
+        let mut reserve = Reserve::open(dir);
+        reserve.make_room();
         if !existed {
             create_private(&file)?;
         }
@@ -141,14 +159,17 @@ impl SqliteStore {
         let store = Self {
             file,
             cluster,
-            writer: Mutex::new(writer),
+            writer: Mutex::new(Writer {
+                connection: writer,
+                reserve,
+            }),
             readers: Mutex::default(),
         };
         store.check_tail()?;
         Ok(store)
     }
 
-    fn writer(&self) -> MutexGuard<'_, Connection> {
+    fn writer(&self) -> MutexGuard<'_, Writer> {
         // A transaction that a panic left open is rolled back when its guard is dropped.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -198,6 +219,53 @@ impl SqliteStore {
             Ok(())
         })
     }
+}
+
+impl Writer {
+    /// Writes, and if the disk is full again from the reserve, as long as there is some.
+    ///
+    /// Once more is safe: SQLite says that there is no room before the last page of a transaction is in its write-ahead
+    /// log (or, for its index of that, before the transaction is in there), so the transaction is not in the state, and
+    /// the next one is written over what there is of it. Any other failure leaves open what is durable and is not retried.
+    fn write<T>(
+        &mut self,
+        mut attempt: impl FnMut(&Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        // Bounded by the pieces of the reserve.
+        loop {
+            let result = attempt(&self.connection);
+            if matches!(&result, Err(error) if is_full(error)) && self.reserve.give_back() {
+                continue;
+            }
+            if result.is_ok() && self.reserve.is_short() {
+                self.recover();
+            }
+            return result;
+        }
+    }
+
+    /// Keeps the write-ahead log from growing into what is left, and takes the reserve again if there is room.
+    fn recover(&mut self) {
+        // Waits for nobody. If it fails, the next commit tries again, and the log grows until then.
+        let checkpoint =
+            self.connection
+                .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        if let Err(error) = checkpoint {
+            tracing::debug!(%error, "no checkpoint of the state");
+        }
+        self.reserve.take();
+    }
+}
+
+/// Whether a write failed because there is no room for it, and for no other reason.
+fn is_full(error: &StoreError) -> bool {
+    let StoreError::Database { source, .. } = error else {
+        return false;
+    };
+    source.sqlite_error().is_some_and(|error| {
+        error.code == rusqlite::ErrorCode::DiskFull
+            || error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
+    })
 }
 
 struct Reader<'a> {
@@ -281,6 +349,9 @@ fn prepare(connection: &Connection, file: &Path) -> Result<(), StoreError> {
         let mode =
             connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
         connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.pragma_update(None, "journal_size_limit", WAL_LIMIT)?;
+        // Nothing of a transaction may need room elsewhere.
+        connection.pragma_update(None, "temp_store", "MEMORY")?;
         connection.pragma_update(None, "foreign_keys", "ON")?;
         Ok(mode)
     };
@@ -325,6 +396,9 @@ fn establish(
         });
     }
     connection.execute_batch(SCHEMA_OF_BUNDLES).map_err(error)?;
+    connection
+        .execute_batch(SCHEMA_OF_RESTORES)
+        .map_err(error)?;
     ClusterId::try_from(cluster.as_slice()).map_err(|bad| corrupt(file, "meta", "1", bad))
 }
 
@@ -336,6 +410,7 @@ fn create(connection: &Connection, file: &Path, now: Timestamp) -> Result<Cluste
         // Fails if there are tables of somebody else, and then nothing of theirs is touched.
         transaction.execute_batch(SCHEMA)?;
         transaction.execute_batch(SCHEMA_OF_BUNDLES)?;
+        transaction.execute_batch(SCHEMA_OF_RESTORES)?;
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.execute(
             "INSERT INTO meta VALUES (1, ?1, ?2, ?3, 0, 0, 0, 1, 1, 1)",
@@ -392,15 +467,16 @@ impl Store for SqliteStore {
     }
 
     fn lead(&self) -> Result<Term, StoreError> {
-        let connection = self.writer();
-        connection
-            .query_row(
-                "UPDATE meta SET term = term + 1 RETURNING term",
-                [],
-                |row| row.get(0),
-            )
-            .map(Term)
-            .map_err(|source| self.failed("take the lead in", source))
+        self.writer().write(|connection| {
+            connection
+                .query_row(
+                    "UPDATE meta SET term = term + 1 RETURNING term",
+                    [],
+                    |row| row.get(0),
+                )
+                .map(Term)
+                .map_err(|source| self.failed("take the lead in", source))
+        })
     }
 
     fn commit(
@@ -409,8 +485,21 @@ impl Store for SqliteStore {
         at: Timestamp,
         records: &[Record],
     ) -> Result<Sequence, StoreError> {
-        let connection = self.writer();
-        write::commit(&connection, &self.file, write::Batch { term, at, records })
+        self.writer().write(|connection| {
+            write::commit(connection, &self.file, write::Batch { term, at, records })
+        })
+    }
+
+    fn reconciled(&self) -> Result<(), StoreError> {
+        self.writer().write(|connection| {
+            connection
+                .execute(
+                    "UPDATE restores SET reconciled = 1 WHERE reconciled = 0",
+                    [],
+                )
+                .map(drop)
+                .map_err(|source| self.failed("note the end of a restore in", source))
+        })
     }
 
     fn load(&self, now: Timestamp, requests_since: Timestamp) -> Result<Loaded, StoreError> {

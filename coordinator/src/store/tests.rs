@@ -12,9 +12,9 @@ use trainyard_common::state::{AttemptState, JobState};
 use super::*;
 use crate::testing::{CLUSTER, attempt, bundle, job, node, row, task, token, user};
 
-const NOW: Timestamp = Timestamp(5000);
+pub(super) const NOW: Timestamp = Timestamp(5000);
 
-fn everything() -> Vec<Record> {
+pub(super) fn everything() -> Vec<Record> {
     vec![
         row(job(1, JobState::Running)),
         row(job(2, JobState::Pending)),
@@ -389,7 +389,13 @@ fn files_of_the_state_are_for_nobody_else() {
     names.sort();
     assert_eq!(
         names,
-        ["cluster-id", "state.db", "state.db-shm", "state.db-wal"]
+        [
+            "cluster-id",
+            "state.db",
+            "state.db-shm",
+            "state.db-wal",
+            "state.reserve"
+        ]
     );
 }
 

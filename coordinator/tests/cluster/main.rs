@@ -9,6 +9,7 @@
 mod access;
 mod agents;
 mod bundles;
+mod full_disk;
 mod harness;
 mod jobs;
 mod lifecycle;

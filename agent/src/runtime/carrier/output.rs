@@ -18,7 +18,7 @@ use std::time::Duration;
 use trainyard_common::logrecord::LogKind;
 use trainyard_common::time::Timestamp;
 
-use super::super::output::{LogFile, RankLog};
+use super::super::output::{LogFile, RankLog, Unmarked};
 
 /// Pieces in the queue of all tasks together.
 const QUEUE_PIECES: usize = 4096;
@@ -150,15 +150,31 @@ impl TaskLog {
         };
     }
 
-    /// Writes what can be written; nothing writes any more. The bytes of its file.
-    pub(super) fn finish(self, writer: &Writer, at: Timestamp) -> u64 {
+    /// Writes what can be written; nothing writes any more.
+    pub(super) fn finish(self, writer: &Writer, at: Timestamp) -> Finished {
         match self.place {
-            Place::Nothing => 0,
-            Place::Memory(mut log) => {
-                log.finish(at);
-                log.written()
-            }
+            Place::Nothing => Finished::default(),
+            Place::Memory(mut log) => Finished::of(&mut log, at),
             Place::Thread(id) => writer.finish(id, at, self.lost),
+        }
+    }
+}
+
+/// A log to which nothing is added any more.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Finished {
+    /// Bytes of its file.
+    pub(super) length: u64,
+    /// What is neither in it nor marked.
+    pub(super) unmarked: Option<Unmarked>,
+}
+
+impl Finished {
+    fn of(log: &mut RankLog<LazyFile>, at: Timestamp) -> Self {
+        log.finish(at);
+        Self {
+            length: log.written(),
+            unmarked: log.unmarked(),
         }
     }
 }
@@ -179,7 +195,7 @@ enum Message {
         id: u64,
         at: Timestamp,
         lost: u64,
-        reply: SyncSender<u64>,
+        reply: SyncSender<Finished>,
     },
 }
 
@@ -233,7 +249,7 @@ impl Writer {
     }
 
     /// Waits until everything of one log is written, as far as the disk takes it.
-    fn finish(&self, id: u64, at: Timestamp, lost: u64) -> u64 {
+    fn finish(&self, id: u64, at: Timestamp, lost: u64) -> Finished {
         let (reply, answer) = sync_channel(1);
         let message = Message::Finish {
             id,
@@ -243,7 +259,7 @@ impl Writer {
         };
         // A thread that panicked is our own bug; the exit status is worth more than the output.
         let _ = self.queue.send(message);
-        answer.recv().unwrap_or(0)
+        answer.recv().unwrap_or_default()
     }
 }
 
@@ -281,8 +297,7 @@ fn write_all(messages: &Receiver<Message>, queued_bytes: &AtomicUsize) {
                     touched.remove(&id);
                     if let Some(mut log) = logs.remove(&id) {
                         lose(&mut log, lost);
-                        log.finish(at);
-                        let _ = reply.send(log.written());
+                        let _ = reply.send(Finished::of(&mut log, at));
                     }
                 }
             }
@@ -326,13 +341,13 @@ mod tests {
         let path = temp.path().join("0.log");
         let writer = Writer::start().unwrap();
         let log = TaskLog::new(path.clone(), 1 << 20);
-        assert_eq!(log.finish(&writer, Timestamp(1)), 0);
+        assert_eq!(log.finish(&writer, Timestamp(1)), Finished::default());
         assert!(!path.exists());
         let mut log = TaskLog::new(path.clone(), 1 << 20);
         log.write(&writer, LogKind::Stdout, Timestamp(1), b"hello\n");
         assert_eq!(log.due(), Some(Timestamp(201)));
         assert!(!path.exists());
-        let length = log.finish(&writer, Timestamp(2));
+        let length = log.finish(&writer, Timestamp(2)).length;
         assert_eq!(length, std::fs::metadata(&path).unwrap().len());
         assert_eq!(read(&path), b"hello\n");
     }
@@ -351,9 +366,30 @@ mod tests {
         }
         assert!(matches!(log.place, Place::Thread(_)));
         assert_eq!(log.due(), None);
-        let length = log.finish(&writer, Timestamp(50));
+        let length = log.finish(&writer, Timestamp(50)).length;
         assert_eq!(length, std::fs::metadata(&path).unwrap().len());
         assert_eq!(read(&path), expected);
+    }
+
+    #[test]
+    fn what_has_no_marker_is_told_at_the_end() {
+        let temp = tempfile::tempdir().unwrap();
+        let writer = Writer::start().unwrap();
+        // The file can never be made.
+        let path = temp.path().join("missing/3.log");
+        for thread in [false, true] {
+            let mut log = TaskLog::new(path.clone(), 1 << 20);
+            log.write(&writer, LogKind::Stdout, Timestamp(1), b"lost");
+            if thread {
+                log.hand_over(&writer);
+                log.write(&writer, LogKind::Stdout, Timestamp(2), b" all");
+            }
+            let finished = log.finish(&writer, Timestamp(3));
+            assert_eq!(finished.length, 0);
+            let unmarked = finished.unmarked.expect("bytes without a marker");
+            assert_eq!(unmarked.bytes, if thread { 8 } else { 4 });
+            assert_eq!(unmarked.cause, "log disk failed");
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use trainyard_common::units::format_duration;
 use trainyard_transport::clock::BootTime;
 
 use super::super::launch::{self, Context, RankPlan};
+use super::super::output;
 use super::super::port::HeldPort;
 use super::super::shim::note;
 use super::super::spawn::{Image, SpawnError};
@@ -532,6 +533,9 @@ impl Slot {
         };
         let ended_at = self.shared.now();
         let log = run.log.finish(&self.shared.writer, ended_at);
+        let unmarked: Vec<_> = log.unmarked.into_iter().map(|log| (0, log)).collect();
+        let warnings = [output::warning(&unmarked), left.warning];
+        let warnings = warnings.into_iter().filter(|text| !text.is_empty());
         let exit = run.exit.unwrap_or(Exit {
             status: ExitStatus::Unknown,
             at: ended_at,
@@ -551,9 +555,9 @@ impl Slot {
             ended_at,
             cause,
             message,
-            log,
+            log: log.length,
             outputs: left.outputs,
-            warning: left.warning,
+            warning: warnings.collect::<Vec<_>>().join("; "),
         }
     }
 }

@@ -315,6 +315,31 @@ async fn output_and_outputs_are_kept_of_those_that_have_some() {
 }
 
 #[tokio::test]
+async fn output_that_no_log_tells_of_is_told_of_at_the_end() {
+    let mut world = World::new();
+    world.desired.slots = 1;
+    let script = format!(
+        "echo $YARD_TASK_INDEX; until [ -e {} ]; do sleep 0.01; done",
+        world.file("go").display()
+    );
+    world.start(sh(&script), &[range(0, 1)]).await;
+    world.recorded(has_begun(0)).await;
+    // Nothing can be written into it.
+    std::fs::create_dir(world.dir().log(TaskIndex(1))).unwrap();
+    std::fs::write(world.file("go"), "").unwrap();
+    world.close();
+    let ends = ends(&world.over().await);
+    assert_eq!((ends[&0].log > 0, ends[&0].warning.as_str()), (true, ""));
+    assert_eq!(
+        (ends[&1].log, ends[&1].warning.as_str()),
+        (
+            0,
+            "2 bytes of output of rank 0 were dropped: log disk failed"
+        )
+    );
+}
+
+#[tokio::test]
 async fn a_task_finds_what_a_member_of_one_rank_finds() {
     let mut world = World::new();
     let mut spec = sh("env | sort; umask; ulimit -S -c; readlink /proc/$$/fd/0

@@ -295,49 +295,53 @@ sys.exit(int(os.environ['RANK']) == 3)";
     );
 }
 
-/// A small file system in memory, for as long as this lives.
-struct SmallDisk(TempDir);
-
-impl SmallDisk {
-    /// Nothing where this user may not mount.
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=1m", "none"])
-            .arg(dir.path())
-            .stderr(std::process::Stdio::null())
-            .status();
-        mounted
-            .is_ok_and(|status| status.success())
-            .then_some(Self(dir))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount")
-            .arg("--lazy")
-            .arg(self.0.path())
-            .status();
-    }
-}
-
 #[tokio::test]
 async fn a_full_disk_costs_output_and_nothing_else() {
     let Some(disk) = SmallDisk::mount() else {
         return;
     };
-    let mut world = World::with(|config| config.attempts_dir = disk.0.path().join("attempts"));
+    let mut world = World::with(|config| config.attempts_dir = disk.path().join("attempts"));
     let (attempt, ending) = world.run(sh("seq 100000 899999; exit 6")).await;
     assert_eq!(only_rank(&ending), (ExitStatus::Code(6), true));
     let kept = world.output(attempt, 0, LogKind::Stdout);
     assert!(!kept.is_empty());
-    // What was kept is the beginning, whole; a marker for the rest is there if its few bytes found a place.
+    // What was kept is the beginning, whole. A marker for the rest is there if its few bytes found a place, or the ending
+    // tells.
     let expected: String = (100_000..900_000).map(|n| format!("{n}\n")).collect();
     assert!(expected.as_bytes().starts_with(&kept));
+    let markers = world.output(attempt, 0, LogKind::Dropped);
+    let rest = expected.len() - kept.len();
+    let warning = format!("{rest} bytes of output of rank 0 were dropped: log disk full");
+    assert_ne!(
+        markers.is_empty(),
+        ending.warning.is_empty(),
+        "{}",
+        ending.warning
+    );
+    assert!(ending.warning.is_empty() || ending.warning == warning);
     world.restart();
     let recovered = world.runtime.recover().await.unwrap();
     assert_eq!(recovered[0].state, ShimState::Gone(ending));
+}
+
+#[tokio::test]
+async fn output_on_a_disk_that_is_full_all_the_time_is_told_of_at_the_end() {
+    let Some(disk) = SmallDisk::mount() else {
+        return;
+    };
+    let mut world = World::with(|config| config.attempts_dir = disk.path().join("attempts"));
+    let script = "until [ -e start ]; do sleep 0.01; done; echo lost; exit 6";
+    let attempt = world.running(sh(script)).await;
+    disk.fill();
+    // A name takes no space there.
+    std::fs::File::create(world.work(attempt, "start")).unwrap();
+    let ending = world.gone().await;
+    assert_eq!(only_rank(&ending), (ExitStatus::Code(6), true));
+    assert_eq!(world.output(attempt, 0, LogKind::Dropped), b"");
+    assert_eq!(
+        ending.warning,
+        "5 bytes of output of rank 0 were dropped: log disk full"
+    );
 }
 
 #[tokio::test]

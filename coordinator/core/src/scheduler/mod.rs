@@ -32,10 +32,14 @@ use crate::timers::{is_lost, is_ready};
 impl Core {
     /// Places what can be placed and tells the others why they wait.
     pub(crate) fn round(&mut self, now: Timestamp) {
+        if self.awaits_nodes(now) {
+            return self.tell_awaiting();
+        }
         if self.t.pending.is_empty() {
             return;
         }
         let (mut nodes, models) = self.view();
+        self.hold_back(now, &mut nodes);
         let bounds = Bounds {
             placements: MAX_PLACEMENTS_PER_ROUND,
             behind: BEHIND_TOLD,
@@ -59,7 +63,12 @@ impl Core {
         let fresh = plan.placements.iter().filter(|p| p.which == Which::Fresh);
         self.tell_handed(handed, fresh.map(|placement| placement.job).collect());
         self.wants_schedule |= plan.more;
-        self.explain(&plan, &nodes, &models);
+        let sight = Sight {
+            now,
+            nodes: &nodes,
+            models: &models,
+        };
+        self.explain(&plan, sight);
     }
 
     /// Makes placements of one group true. Fresh tasks that may be bundled are handed out together; gives the bundles
@@ -96,6 +105,8 @@ impl Core {
             let node = ids.get(ordinal).filter(open).copied();
             match node.and_then(|node| self.hand_out(now, first.job, node, tasks)) {
                 Some((changed, left)) => {
+                    node.into_iter()
+                        .for_each(|node| self.live.troubles.tried(now, node));
                     handed.extend(changed);
                     let here = |placement: &&Placement| {
                         placement.members.iter().any(|seat| seat.node == ordinal)
@@ -155,6 +166,18 @@ impl Core {
             })
             .collect();
         (nodes, models)
+    }
+
+    /// Keeps work away from nodes that could not prepare lately, and lets one member try where the pause is over.
+    fn hold_back(&self, now: Timestamp, nodes: &mut [NodeView]) {
+        for node in nodes {
+            if self.live.troubles.pauses(now, node.id) {
+                node.open = false;
+            } else if self.live.troubles.is_on_trial(now, node.id) {
+                node.doubtful = true;
+                node.slots = node.slots.min(1);
+            }
+        }
     }
 
     /// Whether new work may be placed on the node.
@@ -306,6 +329,7 @@ impl Core {
         self.t
             .set_task(key, now, JobState::Preparing, reason.clone());
         let ranks = members.len();
+        let nodes: Vec<NodeId> = members.iter().map(|member| member.node).collect();
         self.t.insert_attempt(AttemptRecord {
             id,
             owner,
@@ -324,6 +348,9 @@ impl Core {
         });
         let from = now.max(self.live.lease_base);
         self.arm_prepare(from, id);
+        for node in nodes {
+            self.live.troubles.tried(now, node);
+        }
         for rank in 0..ranks {
             self.tell(id, rank);
         }
@@ -331,7 +358,7 @@ impl Core {
     }
 
     /// Tells each job that waits why, if that changed.
-    fn explain(&mut self, plan: &Plan, nodes: &[NodeView], models: &Models) {
+    fn explain(&mut self, plan: &Plan, sight: Sight<'_>) {
         // A retry and the fresh tasks of a job have the same demand; the first that waits speaks for the job.
         let mut told: BTreeSet<JobId> = BTreeSet::new();
         for (id, demand, verdict) in &plan.verdicts {
@@ -345,7 +372,7 @@ impl Core {
             if job.tasks.active > 0 {
                 continue;
             }
-            let reason = self.reason(job, demand, verdict, nodes, models);
+            let reason = self.reason(job, demand, verdict, sight);
             if job.reason != reason
                 && let Some(job) = self.t.job_mut(*id)
             {
@@ -359,15 +386,19 @@ impl Core {
         job: &JobRecord,
         demand: &Demand,
         verdict: &Verdict,
-        nodes: &[NodeView],
-        models: &Models,
+        sight: Sight<'_>,
     ) -> Reason {
         match verdict {
-            Verdict::Placed | Verdict::Blocked => Reason::new(
-                ReasonCode::InsufficientFree,
-                explain::blocked(nodes, demand, &job.spec),
-            ),
-            Verdict::Infeasible => self.infeasible_reason(&job.spec, demand, nodes, models),
+            Verdict::Placed | Verdict::Blocked => {
+                let mut message = explain::blocked(sight.nodes, demand, &job.spec);
+                let suiting = sight.nodes.iter().filter(|node| suits(node, demand));
+                let told = suiting.filter_map(|node| self.live.troubles.told(sight.now, node.id));
+                for told in told.take(TROUBLES_NAMED) {
+                    message = format!("{message}; {told}");
+                }
+                Reason::new(ReasonCode::InsufficientFree, message)
+            }
+            Verdict::Infeasible => self.infeasible_reason(&job.spec, demand, sight),
             Verdict::Behind { head, position } if *position <= BEHIND_NAMED => {
                 let message =
                     format!("waits behind {head}, which is first in line and does not fit yet");
@@ -384,8 +415,7 @@ impl Core {
         &self,
         spec: &JobSpec,
         demand: &Demand,
-        nodes: &[NodeView],
-        models: &Models,
+        Sight { now, nodes, models }: Sight<'_>,
     ) -> Reason {
         if nodes.is_empty() {
             return no_node_yet();
@@ -396,13 +426,17 @@ impl Core {
             let impossible = explain::infeasible(nodes, demand, spec, models);
             return Reason::new(ReasonCode::Infeasible, impossible.message);
         }
-        let closed: Vec<&NodeRecord> = nodes
+        let mut closed: Vec<&NodeRecord> = nodes
             .iter()
             .filter(|node| !node.open && suits(node, demand))
             .filter_map(|node| self.t.nodes.get(&node.id))
             .collect();
-        let silent = closed.iter().any(|node| node.policy == NodePolicy::Active);
-        let code = if silent {
+        // Those that only pause are named first: they are what it waits for.
+        closed.sort_by_key(|node| !self.is_open(node));
+        let is_silent = |node: &&NodeRecord| node.policy == NodePolicy::Active;
+        let code = if closed.first().is_some_and(|node| self.is_open(node)) {
+            ReasonCode::PrepareFailed
+        } else if closed.iter().any(is_silent) {
             ReasonCode::NodeUnreachable
         } else {
             ReasonCode::Operator
@@ -411,6 +445,11 @@ impl Core {
             .iter()
             .take(3)
             .map(|node| {
+                if self.is_open(node)
+                    && let Some(told) = self.live.troubles.told(now, node.id)
+                {
+                    return told;
+                }
                 let why = match node.policy {
                     NodePolicy::Active => "not in session",
                     NodePolicy::Cordoned => "cordoned",
@@ -452,6 +491,17 @@ impl Core {
             feasible: BTreeMap::new(),
         }
     }
+}
+
+/// Nodes named beside what a job lacks because they could not prepare lately.
+const TROUBLES_NAMED: usize = 2;
+
+/// What a round saw, to explain from.
+#[derive(Clone, Copy)]
+struct Sight<'a> {
+    now: Timestamp,
+    nodes: &'a [NodeView],
+    models: &'a Models,
 }
 
 /// What the present nodes could hold if they were empty and open, kept between submits because working it out takes
@@ -541,6 +591,7 @@ fn node_view(
         id: node.id,
         target: node.target,
         open,
+        doubtful: false,
         capacity: node.inventory.capacity,
         free: free(node, usage),
         slots: most.saturating_sub(usage.members),

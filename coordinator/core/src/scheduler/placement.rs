@@ -144,7 +144,7 @@ fn take(node: &mut NodeView, seat: &Seat, demand: &Demand) {
 /// How well a node suits, smallest first. The id comes last, so that no two nodes are equal.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Score {
-    /// An earlier attempt failed there.
+    /// An earlier attempt failed there, or something of any job could not be prepared there.
     avoided: bool,
     /// Place of the node's target in the job's list.
     preference: usize,
@@ -163,7 +163,7 @@ fn place(nodes: &[NodeView], group: &Group) -> Option<Vec<Seat>> {
         .filter_map(|(ordinal, node)| {
             let left = node.free.minus(&demand.amounts())?;
             Some(Score {
-                avoided: group.avoid.contains(&node.id),
+                avoided: node.doubtful || group.avoid.contains(&node.id),
                 preference: demand
                     .targets
                     .iter()

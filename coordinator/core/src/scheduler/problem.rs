@@ -17,6 +17,8 @@ pub(crate) struct NodeView {
     pub(crate) target: Target,
     /// Whether new work may be placed on it.
     pub(crate) open: bool,
+    /// Whether to take it only if no others fit, whatever the job.
+    pub(crate) doubtful: bool,
     /// What it has for jobs when nothing runs.
     pub(crate) capacity: Resources,
     /// What is free of it.

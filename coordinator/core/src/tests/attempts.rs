@@ -376,7 +376,7 @@ fn failures_of_the_infrastructure_use_up_no_retry_and_give_up_in_the_end() {
             0,
             ObservedPhase::Ended(ending(EndCause::PrepareFailed, 0, &[])),
         );
-        env.pass(Duration::from_secs(2));
+        env.pass(Duration::from_secs(10));
         env.schedule();
         env.words();
     }

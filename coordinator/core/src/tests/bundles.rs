@@ -328,7 +328,7 @@ fn a_bundle_drains_for_an_earlier_job() {
     env.start(whole);
     env.run("j1.0.1", &[1]);
     env.start(array(1000));
-    let failure = ending(EndCause::PrepareFailed, 0, &[]);
+    let failure = ending(EndCause::SupervisorLost, 0, &[ExitStatus::Unknown]);
     // Two interruptions in a row: the third attempt waits a second, and j2 gets the node meanwhile.
     for number in 1..=2 {
         let id = format!("j1.0.{number}");

@@ -5,6 +5,8 @@ mod bundles;
 mod enrol;
 mod jobs;
 mod placement;
+mod restored;
 mod sessions;
 mod silence;
 mod sim;
+mod trouble;

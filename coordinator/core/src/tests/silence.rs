@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use trainyard_common::ids::NodeId;
+use trainyard_common::ids::{Digest, NodeId};
 use trainyard_common::member::{ObservedMember, ObservedPhase};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{AttemptState, NodePolicy};
 use trainyard_common::time::Timestamp;
 
+use crate::effect::Effect;
 use crate::event::Event;
 use crate::testing::{TestEnv, attempt, completed, gpu_spec, job_spec, stopped, user};
 
@@ -66,7 +67,7 @@ fn a_broken_session_is_no_news_until_the_lease_is_over() {
     env.pass(Duration::from_millis(29_999));
     env.expect_all(&[], &[]);
     env.pass(Duration::from_millis(1));
-    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &[]);
+    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
     assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
     let now = env.now;
     back(
@@ -78,7 +79,11 @@ fn a_broken_session_is_no_news_until_the_lease_is_over() {
     );
     env.expect_all(
         &["n1 READY ACTIVE IN_SESSION"],
-        &["n1: welcome [run j1.0.1 at 127.0.0.1:4000]", "schedule"],
+        &[
+            "note Info IN_SESSION",
+            "n1: welcome [run j1.0.1 at 127.0.0.1:4000]",
+            "schedule",
+        ],
     );
 }
 
@@ -91,7 +96,7 @@ fn a_single_attempt_is_replaced_after_its_time_and_the_old_one_stopped_when_it_i
     env.node(4);
     env.cut(first);
     env.pass(minutes(15) - Duration::from_millis(1));
-    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &[]);
+    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
     env.pass(Duration::from_millis(1));
     env.expect_all(
         &[
@@ -100,7 +105,7 @@ fn a_single_attempt_is_replaced_after_its_time_and_the_old_one_stopped_when_it_i
             "j1.0 PENDING RETRYING",
             "j1.0.1 LOST [n1 RUNNING]",
         ],
-        &["schedule"],
+        &["note Warn NODE_LOST", "schedule"],
     );
     assert_eq!(
         env.job(1),
@@ -119,7 +124,11 @@ fn a_single_attempt_is_replaced_after_its_time_and_the_old_one_stopped_when_it_i
         0,
         ObservedPhase::Running { started_at: now },
     );
-    env.expect(&["n1: welcome [stop j1.0.1 NODE_LOST]", "schedule"]);
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n1: welcome [stop j1.0.1 NODE_LOST]",
+        "schedule",
+    ]);
     // A late success of the old one changes nothing but that its place is free.
     env.report(1, "j1.0.1", 0, ObservedPhase::Ended(completed(0)));
     env.expect_all(
@@ -139,7 +148,7 @@ fn a_gang_is_given_up_sooner_and_its_reachable_members_are_stopped_first() {
     env.run("j1.0.1", &[1, 2]);
     env.cut(second);
     env.pass(minutes(3));
-    env.expect(&["n1: stop j1.0.1 NODE_LOST"]);
+    env.expect(&["note Warn SILENT", "n1: stop j1.0.1 NODE_LOST"]);
     assert_eq!(
         env.job(1),
         "STOPPING NODE_LOST: attempt 1 unconfirmed on n2"
@@ -171,7 +180,11 @@ fn a_node_that_is_back_in_time_ends_the_attempt_in_order() {
         1,
         ObservedPhase::Running { started_at: now },
     );
-    env.expect(&["n2: welcome [stop j1.0.1 NODE_LOST]", "schedule"]);
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n2: welcome [stop j1.0.1 NODE_LOST]",
+        "schedule",
+    ]);
     env.report(1, "j1.0.1", 0, ObservedPhase::Ended(stopped(0)));
     env.words();
     assert!(
@@ -244,7 +257,11 @@ fn a_cancel_waits_for_a_silent_node_and_never_comes_back_to_life() {
         0,
         ObservedPhase::Running { started_at: now },
     );
-    env.expect(&["n1: welcome [stop j1.0.1 CANCEL_REQUESTED]", "schedule"]);
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n1: welcome [stop j1.0.1 CANCEL_REQUESTED]",
+        "schedule",
+    ]);
     env.report(1, "j1.0.1", 0, ObservedPhase::Ended(stopped(0)));
     env.expect_all(
         &["j1.0.1 ENDED [n1 ENDED]"],
@@ -252,17 +269,132 @@ fn a_cancel_waits_for_a_silent_node_and_never_comes_back_to_life() {
     );
 }
 
-#[test]
-fn uploads_of_a_lost_node_are_not_waited_for_for_ever() {
+/// A job whose only member ended well and uploads what it wrote, on a node that then falls silent.
+fn uploading_on_a_silent_node(policy: OnDisconnect) -> TestEnv {
     let mut env = TestEnv::new();
     let node = env.node(0);
-    env.start(job_spec());
+    let mut spec = job_spec();
+    spec.on_disconnect = policy;
+    env.start(spec);
     env.run("j1.0.1", &[1]);
     env.report(1, "j1.0.1", 0, ObservedPhase::Uploading(completed(0)));
     env.cut(node);
     env.pass(minutes(20));
     env.words();
+    env
+}
+
+fn warning(env: &TestEnv) -> &str {
+    &env.store.attempts[&attempt("j1.0.1")].members[0].warning
+}
+
+#[test]
+fn uploads_of_a_lost_node_are_not_waited_for_for_ever_and_it_is_said_what_is_missing() {
+    let mut env = uploading_on_a_silent_node(OnDisconnect::Replace);
     assert!(env.job(1).starts_with("SUCCEEDED"), "{}", env.job(1));
+    let told = "its logs, outputs and checkpoint were not brought in: n1 is not heard of";
+    assert_eq!(warning(&env), told);
+    // What the node says later changes nothing of a job that is over.
+    back(&mut env, 1, "j1.0.1", 0, ObservedPhase::Ended(completed(0)));
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n1: welcome []",
+        "n1: forget j1.0.1",
+        "schedule",
+    ]);
+    assert_eq!(warning(&env), told);
+}
+
+#[test]
+fn only_what_was_not_brought_in_is_said_to_be_missing() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    env.start(job_spec());
+    env.run("j1.0.1", &[1]);
+    let mut end = completed(0);
+    end.outputs = Some(Digest([7; 32]));
+    end.warning = "outputs/fifo is no file".to_owned();
+    env.report(1, "j1.0.1", 0, ObservedPhase::Uploading(end));
+    env.cut(node);
+    env.pass(minutes(20));
+    env.words();
+    assert_eq!(
+        warning(&env),
+        "outputs/fifo is no file; its logs and checkpoint were not brought in: n1 is not heard of"
+    );
+}
+
+#[test]
+fn under_the_policy_wait_uploads_are_waited_for() {
+    let mut env = uploading_on_a_silent_node(OnDisconnect::Wait);
+    env.pass(minutes(600));
+    env.words();
+    assert_eq!(
+        env.job(1),
+        "STOPPING NODE_UNREACHABLE: n1 is not heard of; waits until its results are brought in"
+    );
+    let uploading = ObservedPhase::Uploading(completed(0));
+    back(&mut env, 1, "j1.0.1", 0, uploading);
+    env.words();
+    assert!(
+        env.job(1).starts_with("STOPPING UPLOADING"),
+        "{}",
+        env.job(1)
+    );
+    let mut end = completed(0);
+    end.outputs = Some(Digest([7; 32]));
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ended(end));
+    env.words();
+    assert!(env.job(1).starts_with("SUCCEEDED"), "{}", env.job(1));
+    let member = &env.store.attempts[&attempt("j1.0.1")].members[0];
+    assert_eq!(
+        (member.outputs, member.warning.as_str()),
+        (Some(Digest([7; 32])), "")
+    );
+}
+
+#[test]
+fn an_operator_who_vouches_for_the_end_of_a_node_ends_uploads_with_a_warning() {
+    let mut env = uploading_on_a_silent_node(OnDisconnect::Wait);
+    confirm(&mut env, 1);
+    env.words();
+    assert!(env.job(1).starts_with("SUCCEEDED"), "{}", env.job(1));
+    assert_eq!(
+        warning(&env),
+        "its logs, outputs and checkpoint were not brought in: n1 was confirmed as lost before the exit status was \
+         recorded"
+    );
+}
+
+#[test]
+fn each_change_of_a_nodes_availability_is_told_once_with_its_reason() {
+    let mut env = TestEnv::new();
+    let node = env.node(0); // Whose first session is no return.
+    let told = |env: &mut TestEnv| -> Vec<String> {
+        let said = std::mem::take(&mut env.said);
+        said.into_iter()
+            .filter_map(|effect| {
+                let Effect::Note(urgency, Some(about), reason) = effect else {
+                    return None;
+                };
+                Some(format!("{urgency:?} {about}: {}", reason.message))
+            })
+            .collect()
+    };
+    env.cut(node);
+    env.pass(minutes(1));
+    let silent = "Warn n1: n1 is not heard of for 30s; what runs there is left alone";
+    assert_eq!(told(&mut env), [silent]);
+    env.register(node, 0, vec![]);
+    assert_eq!(told(&mut env), ["Info n1: n1 is in session"]);
+    env.register(node, 0, vec![]);
+    assert!(told(&mut env).is_empty());
+    env.cut(node);
+    env.pass(minutes(60));
+    let lost = "Warn n1: n1 is not heard of for 15m; given up";
+    assert_eq!(told(&mut env), [silent, lost]);
+    env.register(node, 0, vec![]);
+    assert_eq!(told(&mut env), ["Info n1: n1 is in session"]);
 }
 
 #[test]
@@ -273,15 +405,18 @@ fn many_that_fall_silent_at_once_are_not_given_up() {
     env.run("j1.0.1", &[1]);
     nodes[..3].iter().for_each(|node| env.cut(*node));
     env.pass(minutes(600));
-    env.expect(&["note Error SILENT"]);
+    let silent = "note Warn SILENT";
+    env.expect(&[silent, silent, silent, "note Error SILENT"]);
     assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
     // One is back: the others get a full lease, because they may be on their way.
     env.register(nodes[2], 0, vec![]);
-    env.expect(&["note Info IN_SESSION", "n3: welcome []", "schedule"]);
+    let back = "note Info IN_SESSION";
+    env.expect(&[back, back, "n3: welcome []", "schedule"]);
     env.pass(minutes(14));
     env.expect(&[]);
     env.pass(minutes(1));
-    env.expect(&["schedule"]);
+    let lost = "note Warn NODE_LOST";
+    env.expect(&[lost, lost, "schedule"]);
     assert!(env.job(1).starts_with("PENDING RETRYING"), "{}", env.job(1));
 }
 
@@ -298,7 +433,13 @@ fn half_of_a_small_cluster_is_no_crowd() {
             "n1 LOST ACTIVE NODE_LOST",
             "n2 LOST ACTIVE NODE_LOST",
         ],
-        &["schedule"],
+        &[
+            "note Warn SILENT",
+            "note Warn SILENT",
+            "note Warn NODE_LOST",
+            "note Warn NODE_LOST",
+            "schedule",
+        ],
     );
 }
 
@@ -322,7 +463,7 @@ fn our_own_downtime_is_nobodys_fault() {
     env.restart();
     env.event(Event::TimerFired);
     env.pass(minutes(14));
-    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &[]);
+    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
     assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
     env.pass(minutes(1));
     env.words();
@@ -338,6 +479,7 @@ fn a_pause_of_ours_is_no_silence_of_a_node_that_was_silent_before() {
     env.cut(node);
     env.pass(minutes(1));
     env.changes();
+    env.expect(&["note Warn SILENT"]);
     env.now = env.now.after(minutes(13));
     env.core.stood_still(env.now, minutes(13));
     env.pass(minutes(13));
@@ -434,7 +576,7 @@ fn a_node_in_use_is_not_removed_unless_it_is_confirmed_lost() {
             "j1.0 PENDING RETRYING",
             "j1.0.1 ENDED [n1 ENDED]",
         ],
-        &["done", "schedule"],
+        &["note Warn OPERATOR", "done", "schedule"],
     );
     remove(&mut env, 1);
     env.expect_all(&["n1 removed"], &["done", "schedule"]);

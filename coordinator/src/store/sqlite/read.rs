@@ -1,6 +1,7 @@
 //! What is read back: rows about live work for the core, single jobs and pages of them for users, and the check of all
 //! checksums.
 
+use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use rusqlite::types::Value;
@@ -9,7 +10,7 @@ use trainyard_common::ids::{
     AttemptNumber, AttemptRef, Digest, JobId, NodeId, Sequence, TaskIndex, TokenId,
 };
 use trainyard_common::record::{AttemptRecord, JobRecord, Record, TaskRecord};
-use trainyard_common::state::JobState;
+use trainyard_common::state::{JobState, NodeAvailability};
 use trainyard_common::time::Timestamp;
 use trainyard_coordinator_core::{RememberedRequest, Snapshot};
 
@@ -18,11 +19,13 @@ use super::{Meta, Reader, chain, decode, read_meta};
 use crate::store::{CheckReport, JobHistory, Loaded, MAX_ROWS_OF_JOB, StoreError, Transition};
 
 /// How rows of a table are found and what their keys look like.
-struct Table {
-    name: &'static str,
+pub(super) struct Table {
+    pub(super) name: &'static str,
     /// Columns of the key, as the text of [`super::kind_and_key`].
-    key: &'static str,
+    pub(super) key: &'static str,
 }
+
+pub(super) const TABLES: [Table; 7] = [JOBS, TASKS, ATTEMPTS, BUNDLES, NODES, TOKENS, USERS];
 
 const JOBS: Table = Table {
     name: "jobs",
@@ -169,10 +172,28 @@ impl Reader<'_> {
                 | Record::NodeRemoved(_) => {}
             }
         }
+        snapshot.awaited = self.awaited(&snapshot)?;
         Ok(Loaded {
             snapshot,
             sequence: Sequence(meta.sequence),
         })
+    }
+
+    /// After a restored backup the nodes of it that may run something, until they were heard of.
+    fn awaited(&self, snapshot: &Snapshot) -> Result<BTreeSet<NodeId>, StoreError> {
+        let query = "SELECT COUNT(*) FROM restores WHERE reconciled = 0";
+        let restored: u64 = self
+            .transaction
+            .query_row(query, [], |row| row.get(0))
+            .map_err(|source| self.failed(source))?;
+        if restored == 0 {
+            return Ok(BTreeSet::new());
+        }
+        let there = snapshot
+            .nodes
+            .iter()
+            .filter(|node| node.incarnation.0 > 0 && node.availability != NodeAvailability::Lost);
+        Ok(there.map(|node| node.id).collect())
     }
 
     fn requests(&self, since: Timestamp) -> Result<Vec<RememberedRequest>, StoreError> {
@@ -274,7 +295,7 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    fn each_transition(
+    pub(super) fn each_transition(
         &self,
         after: Sequence,
         limit: usize,
@@ -347,7 +368,7 @@ impl Reader<'_> {
         }
         let meta = self.meta()?;
         let mut rows = 0;
-        for table in [&JOBS, &TASKS, &ATTEMPTS, &BUNDLES, &NODES, &TOKENS, &USERS] {
+        for table in &TABLES {
             rows += self.check_table(table)?;
         }
         let transitions = self.check_chain(&meta, Sequence(0))?;
@@ -377,7 +398,7 @@ impl Reader<'_> {
 }
 
 fn static_kind(kind: &str) -> Option<&'static str> {
-    [JOBS, TASKS, ATTEMPTS, BUNDLES, NODES, TOKENS, USERS]
+    TABLES
         .into_iter()
         .find(|table| table.name == kind)
         .map(|table| table.name)

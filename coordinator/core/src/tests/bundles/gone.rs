@@ -13,13 +13,20 @@ fn a_bundle_that_cannot_prepare_sends_the_job_the_single_way() {
     assert_eq!(counts(&env, 1), [10, 0, 0, 0, 0, 0]);
     env.schedule();
     env.words();
+    assert!(env.store.bundles.is_empty() && env.store.attempts.is_empty());
+    // The node pauses, and then is tried with one task.
+    env.pass(Duration::from_secs(5));
+    env.schedule();
+    env.words();
     assert!(env.store.bundles.is_empty());
-    for id in ["j1.0.1", "j1.1.1"] {
-        assert!(env.store.attempts.contains_key(&attempt(id)), "{id}");
-    }
+    assert_eq!(env.store.attempts.len(), 1);
+    env.run("j1.0.1", &[1]);
+    env.schedule();
+    env.words();
+    assert!(env.store.attempts.contains_key(&attempt("j1.1.1")));
+    env.run("j1.1.1", &[1]);
     // Fresh ones, too.
     for id in ["j1.0.1", "j1.1.1"] {
-        env.run(id, &[1]);
         let end = trainyard_common::member::ObservedPhase::Ended(completed(0));
         env.report(1, id, 0, end);
     }
@@ -82,7 +89,11 @@ fn a_lost_node_sends_its_tasks_elsewhere_and_later_reports_change_nothing() {
         1,
         vec![observed("j1.b1", ObservedBundlePhase::Running, 1, vec![])],
     );
-    env.expect(&["n1: welcome [stop NODE_LOST j1.b1 x2 [0-1] 1]", "schedule"]);
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n1: welcome [stop NODE_LOST j1.b1 x2 [0-1] 1]",
+        "schedule",
+    ]);
     let reports = vec![ended(env.now, 0, 9, completed(0)), returned(1, 1)];
     env.bundle(1, observed("j1.b1", over(3, ""), 1, reports));
     env.words();
@@ -113,7 +124,11 @@ fn a_job_that_waits_keeps_its_bundle_until_the_node_is_confirmed() {
         1,
         vec![observed("j1.b1", ObservedBundlePhase::Running, 1, vec![])],
     );
-    env.expect(&["n1: welcome [run j1.b1 x2 [0-1] 1 spec]", "schedule"]);
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n1: welcome [run j1.b1 x2 [0-1] 1 spec]",
+        "schedule",
+    ]);
     assert_eq!(
         task(&env, 0),
         "RUNNING 1 RUNNING: runs; n1 is heard of again"
@@ -160,6 +175,26 @@ fn a_reboot_interrupts_what_may_have_run() {
         assert_eq!(row.reason.code, ReasonCode::NodeRebooted);
     }
     assert!(env.store.bundles.is_empty());
+}
+
+/// Rows of a backup say that a task is in a bundle which ended since; its second attempt runs.
+#[test]
+fn a_task_in_a_forgotten_bundle_is_tried_again_above_the_attempts_that_were_seen() {
+    let mut env = running(10);
+    env.cut(NodeId(1));
+    let second = trainyard_common::member::ObservedMember {
+        attempt: attempt("j1.0.2"),
+        node_rank: 0,
+        phase: trainyard_common::member::ObservedPhase::Ended(completed(0)),
+    };
+    let again = env.registration(NodeId(1), 0, vec![second]);
+    env.register_with(again);
+    env.words();
+    env.pass(Duration::from_secs(60));
+    env.schedule();
+    env.words();
+    assert!(!env.store.attempts.contains_key(&attempt("j1.0.2")));
+    assert!(env.store.attempts.contains_key(&attempt("j1.0.3")));
 }
 
 #[test]
