@@ -4,13 +4,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use trainyard_agent_core::{Config, Core, Effect, Event, Fault, Outbox};
+use trainyard_agent_core::{BundleEvent, Config, Core, Effect, Event, Fault, Outbox};
+use trainyard_common::bundle::DesiredBundle;
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{AttemptRef, Incarnation};
 use trainyard_common::member::{DesiredMember, Go, ObservedMember, ObservedPhase, Stop};
 use trainyard_coordinator_core::effect::Command;
 use trainyard_coordinator_core::event::{Registration, SessionId};
 
+use super::bundles::Bundles;
 use super::clock::{Micros, ProcessClock, micros, ms, secs};
 use super::host::{File, Kept};
 use super::network::{Down, Up};
@@ -69,6 +71,14 @@ enum Session {
     },
 }
 
+/// A welcome whose term is being kept.
+#[derive(Debug)]
+struct Answer {
+    term: trainyard_common::ids::Term,
+    desired: Vec<DesiredMember>,
+    bundles: Vec<DesiredBundle>,
+}
+
 /// An agent's process.
 #[derive(Debug)]
 pub(crate) struct Agent {
@@ -80,8 +90,9 @@ pub(crate) struct Agent {
     lanes: BTreeMap<AttemptRef, Lane>,
     pub(crate) followers: BTreeMap<AttemptRef, Follower>,
     outgoing: BTreeMap<AttemptRef, ObservedMember>,
+    pub(crate) bundles: Bundles,
     session: Session,
-    answer: Option<(u64, trainyard_common::ids::Term, Vec<DesiredMember>)>,
+    answer: Option<Answer>,
     /// What was read behind the answer while its term was being kept.
     behind: Vec<Event>,
     pause: Micros,
@@ -104,7 +115,7 @@ impl Agent {
     }
 
     pub(crate) fn idle(&self) -> bool {
-        self.lanes.is_empty() && self.outgoing.is_empty()
+        self.lanes.is_empty() && self.outgoing.is_empty() && self.bundles.idle()
     }
 }
 
@@ -146,6 +157,7 @@ impl World {
         let clock = host.clock.start(now);
         let number = self.next_serial();
         let recovered = self.recover(index, clock);
+        let (bundles, found) = self.recover_bundles(index);
         let host = &mut self.hosts[index];
         let config = Config {
             capacity: host.inventory.capacity,
@@ -157,9 +169,11 @@ impl World {
                 .collect(),
         };
         let followers = recovered.followed;
+        let mut core = Core::new(config, recovered.members, clock.now(now));
+        core.recover_bundles(found);
         host.agent = Some(Agent {
             number,
-            core: Core::new(config, recovered.members, clock.now(now)),
+            core,
             clock,
             kept,
             lanes: BTreeMap::new(),
@@ -168,6 +182,7 @@ impl World {
                 .map(|id| (*id, Follower::default()))
                 .collect(),
             outgoing: BTreeMap::new(),
+            bundles,
             session: Session::Idle,
             answer: None,
             behind: Vec::new(),
@@ -210,6 +225,7 @@ impl World {
         for (attempt, lane) in agent.lanes {
             self.half_done(index, attempt, lane.running, power);
         }
+        self.bundles_half_done(index, agent.bundles);
     }
 
     // === the driver ===
@@ -271,7 +287,7 @@ impl World {
             Effect::Accept(member) => (member.attempt, Task::Accept(member)),
             Effect::Fetch(attempt) => (attempt, Task::Fetch),
             Effect::CancelFetch(attempt) => return self.cancel_fetch(index, attempt),
-            Effect::Bundle(_) => return,
+            Effect::Bundle(effect) => return self.carry_out_bundle(index, effect),
             Effect::SpawnShim(attempt) => (attempt, Task::SpawnShim),
             Effect::Go(attempt, go) => (attempt, Task::Go(go)),
             Effect::StopRanks(attempt, stop) => (attempt, Task::Stop(stop)),
@@ -459,6 +475,7 @@ impl World {
         agent.openings += 1;
         agent.outgoing.clear();
         let observed = agent.core.observed();
+        let bundles = agent.bundles.lanes.observed();
         let registration = Registration {
             session: SessionId(0),
             node,
@@ -469,7 +486,7 @@ impl World {
             address: format!("10.0.0.{}", index + 1),
             inventory: host.inventory.clone(),
             observed: observed.clone(),
-            bundles: Vec::new(),
+            bundles,
         };
         let host = &mut self.hosts[index];
         let Some(agent) = &mut host.agent else { return };
@@ -484,6 +501,7 @@ impl World {
         });
         let term = agent.kept.term;
         self.note_reported(index, node, &observed, true);
+        self.note_greeting(node, &registration.bundles);
         self.see("session tried");
         self.send_up(conn, Up::Hello(term, Box::new(registration)));
         let (host, agent) = (index, number);
@@ -581,9 +599,13 @@ impl World {
             }
             Down::Ack(_) => {}
             Down::Command(term, command) => match *command {
-                Command::Welcome { desired, .. } => {
+                Command::Welcome { desired, bundles } => {
                     agent.session = Session::Keeping(conn);
-                    agent.answer = Some((conn, term, desired));
+                    agent.answer = Some(Answer {
+                        term,
+                        desired,
+                        bundles,
+                    });
                     let wait = if term > seen {
                         self.rng.between(ms(1), ms(20))
                     } else {
@@ -598,7 +620,14 @@ impl World {
                 Command::Forget(attempt) => {
                     self.obeyed_when_open(index, conn, Event::ForgetRequested(attempt));
                 }
-                Command::DesireBundle(_) | Command::ForgetBundle(_) => {}
+                Command::DesireBundle(bundle) => {
+                    let event = Event::Bundle(BundleEvent::Desired(bundle));
+                    self.obeyed_when_open(index, conn, event);
+                }
+                Command::ForgetBundle(bundle) => {
+                    let event = Event::Bundle(BundleEvent::ForgetRequested(bundle));
+                    self.obeyed_when_open(index, conn, event);
+                }
                 Command::Resync(why) => {
                     self.see("resync asked for");
                     self.say(format!("agent {index} is to begin anew: {why}"));
@@ -640,9 +669,14 @@ impl World {
         if agent.session != Session::Keeping(conn) {
             return;
         }
-        let Some((_, term, desired)) = agent.answer.take() else {
+        let Some(answer) = agent.answer.take() else {
             return;
         };
+        let Answer {
+            term,
+            desired,
+            bundles,
+        } = answer;
         if term > agent.kept.term {
             if full {
                 self.see("term could not be kept");
@@ -668,6 +702,7 @@ impl World {
         self.see("session opened");
         self.say(format!("agent {index} has a session with term {term}"));
         self.tell_agent(index, Event::Connected { desired });
+        self.tell_agent(index, Event::Bundle(BundleEvent::AllDesired(bundles)));
         for event in waiting {
             self.tell_agent(index, event);
         }
@@ -711,7 +746,12 @@ impl World {
                 return;
             }
             let Some((_, report)) = agent.outgoing.pop_first() else {
-                return;
+                let Some(bundle) = agent.bundles.lanes.pop() else {
+                    return;
+                };
+                self.note_bundle_reported(node, &bundle);
+                self.send_up(conn, Up::Bundle(bundle));
+                continue;
             };
             self.note_reported(index, node, std::slice::from_ref(&report), false);
             self.send_up(conn, Up::Observed(report));

@@ -203,9 +203,15 @@ impl World {
         {
             return Some(("I22", format!("{} is {}", attempt.id, attempt.state)));
         }
+        if let Some(bundle) = process.core.bundles().find(|bundle| !hangs(bundle.id.job)) {
+            return Some(("I22", format!("{} is {}", bundle.id, bundle.state)));
+        }
         for (index, host) in self.hosts.iter().enumerate() {
             if host.scrapped {
                 continue;
+            }
+            if let Some(bundle) = host.disk.bundles.keys().find(|bundle| !hangs(bundle.job)) {
+                return Some(("I23", format!("host {index} has the directory of {bundle}")));
             }
             if let Some(process) = host
                 .processes
@@ -260,6 +266,7 @@ impl World {
             .values()
             .filter(|job| !job.state.is_terminal())
             .map(|job| job.id.to_string())
+            .chain(rows.bundles.keys().map(ToString::to_string))
             .chain(
                 rows.attempts
                     .values()

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{Incarnation, NodeId, Term};
 use trainyard_common::record::Record;
 use trainyard_common::state::{NodeAvailability, ReasonCode};
@@ -404,6 +405,18 @@ impl World {
 
     fn take(&mut self, now: Timestamp, input: Input, outbox: &mut Outbox) {
         let true_now = self.now;
+        // Switched off: a call that says so may come minutes late, when the machine is back, and nothing can tell that
+        // it is not true any more. People are taken to be right when they are heard.
+        if let Input::Call { call, attempt, ask } = &input
+            && let Ask::ConfirmLost { node } = **ask
+            && self
+                .hosts
+                .iter()
+                .any(|host| host.node == Some(node) && host.powered)
+        {
+            let refusal = Refusal::new(ErrorCode::FailedPrecondition, "LATE", "it is back");
+            return self.answer(*call, *attempt, Said::Answer(Err(refusal)));
+        }
         let Some(process) = &mut self.coordinator.process else {
             return;
         };
@@ -412,6 +425,10 @@ impl World {
             Input::Call { call, attempt, ask } => {
                 let key = process.key();
                 process.requests.insert(key, (call, attempt));
+                // Also a copy of a call that comes when its caller has had an answer.
+                if let Ask::ConfirmLost { node } | Ask::Remove { node } = *ask {
+                    self.oracle.vouched.insert(node);
+                }
                 ask.event(key)
             }
             Input::Register { conn, registration } => {
@@ -424,6 +441,7 @@ impl World {
                     process.sessions.remove(session);
                 }
                 if let Event::MemberObserved { session, node, .. }
+                | Event::BundleObserved { session, node, .. }
                 | Event::HeartbeatReceived { session, node } = &event
                     && process.sessions.contains_key(session)
                 {
@@ -434,7 +452,7 @@ impl World {
         };
         self.trace.debug(&event);
         if !matches!(event, Event::HeartbeatReceived { .. }) {
-            let text = format!("coordinator hears {}", super::oracle::short(&event));
+            let text = format!("coordinator hears {}", super::words::short(&event));
             self.trace.line(true_now, text);
         }
         process.core.handle(now, event, outbox);
@@ -529,7 +547,7 @@ impl World {
     fn make_durable(&mut self, at: Timestamp, records: &[Record]) {
         for record in records {
             self.check_row(record);
-            self.say(format!("on disk: {}", super::oracle::short_row(record)));
+            self.say(format!("on disk: {}", super::words::short_row(record)));
             let written = self
                 .coordinator
                 .store
@@ -620,9 +638,9 @@ impl World {
         let waiting = self.conns.get(&conn).map_or(0, |conn| conn.down.len());
         // One command for each member may come at once.
         let host = self.conns.get(&conn).map_or(0, |conn| conn.host);
-        let members = self.hosts[host].disk.dirs.len();
+        let members = self.hosts[host].disk.dirs.len() + self.hosts[host].disk.bundles.len();
         if waiting >= self.swarm.session_queue + members {
-            if let Command::Forget(_) = command {
+            if let Command::Forget(_) | Command::ForgetBundle(_) = command {
                 // Told again at the start of the next session; all members of a node may be due for it at once.
                 return self.see("forget left for the next session");
             }

@@ -138,7 +138,12 @@ impl World {
             }
             Fault::ShimKilled => {
                 let attempts: Vec<AttemptRef> = self.hosts[host].shims.keys().copied().collect();
-                if let Some(attempt) = self.rng.pick(&attempts) {
+                let carriers: Vec<u64> = self.hosts[host].carriers.keys().copied().collect();
+                if let Some(carrier) = self.rng.pick(&carriers)
+                    && (attempts.is_empty() || self.rng.chance(500))
+                {
+                    self.kill_carrier(host, carrier);
+                } else if let Some(attempt) = self.rng.pick(&attempts) {
                     self.see("shim killed");
                     self.kill_shim(host, attempt);
                 }
@@ -194,6 +199,7 @@ impl World {
             Fault::AgentDiskFull => self.hosts[host].disk_full = false,
             // The end of a process that dies within seconds of its start.
             Fault::AgentCrashLoop if self.faults_on() => self.restart_agent(host),
+            Fault::AgentKilled if self.faults_on() => self.restart_agent(host),
             _ => {}
         }
     }
@@ -235,7 +241,9 @@ impl World {
         host.powered = false;
         host.processes.clear();
         host.shims.clear();
+        host.carriers.clear();
         host.paused_until = 0;
+        self.journals_torn(index);
     }
 
     pub(crate) fn power_on(&mut self, index: usize) {
@@ -351,6 +359,7 @@ impl World {
             && self.hosts[host].attempts_alive().is_empty()
             && !self.hosts[host].doubled
             && self.hosts[host].shims.is_empty()
+            && self.hosts[host].carriers.is_empty()
         {
             self.call(0, Ask::Remove { node });
         }

@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use trainyard_agent_core::Uploaded;
-use trainyard_common::ids::{AttemptRef, Incarnation, NodeId, Term};
+use trainyard_common::ids::{AttemptRef, BundleRef, Incarnation, NodeId, Term};
 use trainyard_common::inventory::{Cpu, Gpu, Inventory};
 use trainyard_common::member::MemberSpec;
 use trainyard_common::resources::Resources;
 
 use super::agent::Agent;
+use super::carrier::{BundleDir, Carrier};
 use super::clock::{HostClock, Micros};
 use super::coordinator::drifting;
 use super::network::Line;
@@ -32,6 +33,8 @@ pub(crate) struct Process {
     /// Its number in the process table; the same ones come again after a reboot.
     pub(crate) pid: u32,
     pub(crate) attempt: AttemptRef,
+    /// In which it runs, if it does.
+    pub(crate) bundle: Option<BundleRef>,
     /// The job's name, which is a job's own in this world.
     pub(crate) job: String,
     pub(crate) role: Role,
@@ -96,6 +99,7 @@ pub(crate) struct Dir {
 pub(crate) struct Disk {
     pub(crate) agent: File<Kept>,
     pub(crate) dirs: BTreeMap<AttemptRef, Dir>,
+    pub(crate) bundles: BTreeMap<BundleRef, BundleDir>,
 }
 
 /// A machine.
@@ -113,6 +117,8 @@ pub(crate) struct Host {
     pub(crate) processes: BTreeMap<u64, Process>,
     pub(crate) next_pid: u32,
     pub(crate) shims: BTreeMap<AttemptRef, Shim>,
+    /// By number: several may have been started for one bundle.
+    pub(crate) carriers: BTreeMap<u64, Carrier>,
     pub(crate) agent: Option<Agent>,
     /// Agents that die again within seconds, until then.
     pub(crate) crash_loop_until: Micros,
@@ -147,6 +153,7 @@ impl Host {
             processes: BTreeMap::new(),
             next_pid: 300,
             shims: BTreeMap::new(),
+            carriers: BTreeMap::new(),
             agent: None,
             crash_loop_until: 0,
             paused_until: 0,

@@ -21,6 +21,7 @@
 //! | I16 our own downtime, pauses and clocks are nobody's silence | `oracle` |
 //! | I17 a watcher sees every durable event once, in order | `users` |
 //! | I18 a report counts only from a node of the attempt | `oracle` |
+//! | I1 to I5, I7, I8, I11, I13, I16, I18 for bundles and tasks in them | `carried` |
 //! | I19 every loop ends | `world` |
 //! | I21 to I24 what can finish does; nodes are back; nothing is left; the view is the truth | `calm` |
 //! | I25 the same seed gives the same trace | the test |
@@ -29,11 +30,21 @@
 //! I20 (priorities). Bytes of logs (the second half of I13) are no matter of the cores and are tested with real processes.
 
 mod agent;
+mod bundles;
 mod calm;
+mod carried;
+mod carrier;
 mod clock;
 mod coordinator;
 mod faults;
 mod host;
+// The real code of the agent: what waits to be sent of bundles.
+#[path = "../../../agent/src/bundles/lanes.rs"]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the limit of a journal's reader is not modelled")
+)]
+mod lanes;
 mod network;
 mod oracle;
 mod rng;
@@ -43,6 +54,7 @@ mod store;
 mod swarm;
 mod trace;
 mod users;
+mod words;
 mod world;
 
 use std::collections::BTreeMap;
@@ -257,6 +269,36 @@ pub const MUST_HAPPEN: &[&str] = &[
     "NODE_REBOOTED",
     "SUPERVISOR_LOST",
     "UNKNOWN_TO_AGENT",
+    "bundle handed",
+    "bundle accepted",
+    "bundle topped up",
+    "bundle holds tasks ahead",
+    "carrier handed more tasks",
+    "carrier outlived its agent",
+    "carrier killed",
+    "carrier killed with tasks",
+    "carrier died without a word",
+    "carrier told to stop while tasks run",
+    "carrier wrote from its reserve",
+    "agent kills what a dead carrier left",
+    "bundle of a dead carrier settled",
+    "bundle lost",
+    "bundle lost with a reboot",
+    "journal's end lost",
+    "tasks returned after waiting",
+    "tasks handed after the end returned",
+    "bundle ended without a carrier",
+    "bundle refused",
+    "bundle not accepted",
+    "bundle recovered: accepted",
+    "bundle recovered: over",
+    "gap in the reports of a bundle",
+    "long task told of",
+    "task ended in a bundle",
+    "task that leaves a process behind",
+    "bundle removed from the rows",
+    "bundle forgotten",
+    "no task lost",
     "infeasible job said so",
     "everything came to its end",
 ];

@@ -4,6 +4,7 @@
 
 use std::collections::VecDeque;
 
+use trainyard_common::bundle::{DesiredBundle, ObservedBundle};
 use trainyard_common::error::Refusal;
 use trainyard_common::ids::Term;
 use trainyard_common::member::{DesiredMember, ObservedMember};
@@ -20,6 +21,7 @@ use super::world::{Happening, World};
 pub(crate) enum Up {
     Hello(Term, Box<Registration>),
     Observed(ObservedMember),
+    Bundle(ObservedBundle),
     Heartbeat,
     Goodbye,
 }
@@ -95,7 +97,13 @@ impl World {
     pub(crate) fn send_up(&mut self, id: u64, message: Up) {
         let message = match message {
             Up::Observed(member) => Up::Observed(self.over_the_wire(member)),
-            other @ (Up::Hello(..) | Up::Heartbeat | Up::Goodbye) => other,
+            Up::Bundle(bundle) => Up::Bundle(self.bundle_over_the_wire(bundle)),
+            Up::Hello(term, mut registration) => {
+                let bundles = std::mem::take(&mut registration.bundles).into_iter();
+                registration.bundles = bundles.map(|b| self.bundle_over_the_wire(b)).collect();
+                Up::Hello(term, registration)
+            }
+            other @ (Up::Heartbeat | Up::Goodbye) => other,
         };
         let (delay, twice) = (self.delay(), self.goes_wrong(self.swarm.chances.twice));
         let overtakes = self.goes_wrong(self.swarm.chances.overtakes);
@@ -215,6 +223,16 @@ impl World {
                     self.give_coordinator(Input::Event(event));
                 }
             }
+            Up::Bundle(bundle) => {
+                if let Some((session, node)) = self.who_speaks(session, host, id) {
+                    let event = Event::BundleObserved {
+                        session,
+                        node,
+                        bundle,
+                    };
+                    self.give_coordinator(Input::Event(event));
+                }
+            }
             Up::Heartbeat => {
                 if let Some((session, node)) = self.who_speaks(session, host, id) {
                     let event = Event::HeartbeatReceived { session, node };
@@ -300,14 +318,23 @@ impl World {
             .map(|conn| conn.up.drain(..).collect())
             .unwrap_or_default();
         for message in lost {
-            if let (Up::Observed(member), Some((session, node))) = (message, speaks)
-                && self.goes_wrong(self.swarm.chances.late)
-            {
-                let event = Event::MemberObserved {
+            let Some((session, node)) = speaks else {
+                break;
+            };
+            let event = match message {
+                Up::Observed(member) => Event::MemberObserved {
                     session,
                     node,
                     member,
-                };
+                },
+                Up::Bundle(bundle) => Event::BundleObserved {
+                    session,
+                    node,
+                    bundle,
+                },
+                Up::Hello(..) | Up::Heartbeat | Up::Goodbye => continue,
+            };
+            if self.goes_wrong(self.swarm.chances.late) {
                 let wait = self.rng.between(ms(1), secs(20));
                 self.after(wait, Happening::Late(number, Box::new(event)));
             }
@@ -378,6 +405,21 @@ impl World {
         member
     }
 
+    fn bundle_over_the_wire(&mut self, bundle: ObservedBundle) -> ObservedBundle {
+        let back = ObservedBundle::try_from(v1::ObservedBundle::from(&bundle));
+        if back.as_ref() != Ok(&bundle) {
+            self.breaks("I13", format!("{bundle:?} becomes {back:?} on the wire"));
+        }
+        bundle
+    }
+
+    fn desired_bundle_over_the_wire(&mut self, bundle: &DesiredBundle) {
+        let back = DesiredBundle::try_from(v1::DesiredBundle::from(bundle));
+        if back.as_ref() != Ok(bundle) {
+            self.breaks("I13", format!("{bundle:?} becomes {back:?} on the wire"));
+        }
+    }
+
     fn desired_over_the_wire(&mut self, member: &DesiredMember) {
         let back = DesiredMember::try_from(v1::DesiredMember::from(member));
         if back.as_ref() != Ok(member) {
@@ -387,16 +429,17 @@ impl World {
 
     fn command_over_the_wire(&mut self, command: Command) -> Command {
         match &command {
-            Command::Welcome { desired, .. } => {
+            Command::Welcome { desired, bundles } => {
                 for member in desired {
                     self.desired_over_the_wire(member);
                 }
+                for bundle in bundles {
+                    self.desired_bundle_over_the_wire(bundle);
+                }
             }
             Command::Desire(member) => self.desired_over_the_wire(member),
-            Command::Forget(_)
-            | Command::DesireBundle(_)
-            | Command::ForgetBundle(_)
-            | Command::Resync(_) => {}
+            Command::DesireBundle(bundle) => self.desired_bundle_over_the_wire(bundle),
+            Command::Forget(_) | Command::ForgetBundle(_) | Command::Resync(_) => {}
         }
         command
     }

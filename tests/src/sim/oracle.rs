@@ -4,8 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use trainyard_agent_core::Event as AgentEvent;
+use trainyard_common::bundle::ObservedBundle;
 use trainyard_common::error::Refusal;
-use trainyard_common::ids::{AttemptRef, Digest, JobId, NodeId, TaskIndex};
+use trainyard_common::ids::{AttemptRef, BundleRef, Digest, JobId, NodeId, TaskIndex};
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, MemberSpec, ObservedMember, ObservedPhase,
 };
@@ -17,9 +18,8 @@ use trainyard_common::state::{
 };
 use trainyard_coordinator_core::Core;
 use trainyard_coordinator_core::effect::{Answer, Command};
-use trainyard_coordinator_core::event::Event;
 
-use super::agent::phase_name;
+use super::carried::Carried;
 use super::clock::{Micros, micros};
 use super::coordinator::PAUSE;
 use super::host::Role;
@@ -44,7 +44,8 @@ pub(crate) struct Oracle {
     ready: BTreeSet<(AttemptRef, u32)>,
     /// The furthest phase that the right agent reported of a member.
     reported: BTreeMap<(AttemptRef, NodeId), MemberPhase>,
-    greetings: BTreeMap<NodeId, VecDeque<BTreeSet<AttemptRef>>>,
+    greetings: BTreeMap<NodeId, VecDeque<Greeting>>,
+    pub(crate) carried: Carried,
     /// Nodes that an operator vouched for or removed.
     pub(crate) vouched: BTreeSet<NodeId>,
     accepted: BTreeMap<u64, (Digest, JobId)>,
@@ -59,7 +60,36 @@ pub(crate) struct Oracle {
     pub(crate) identities_changed: u64,
 }
 
+/// What a node said it has.
+#[derive(Debug, Default)]
+struct Greeting {
+    members: BTreeSet<AttemptRef>,
+    bundles: BTreeSet<BundleRef>,
+}
+
 impl Oracle {
+    /// Whether a node said of itself that it does not have a member or a bundle.
+    pub(crate) fn absent(
+        &self,
+        node: NodeId,
+        member: Option<AttemptRef>,
+        bundle: Option<BundleRef>,
+    ) -> bool {
+        let lacks = |greeting: &Greeting| {
+            member.is_none_or(|member| !greeting.members.contains(&member))
+                && bundle.is_none_or(|bundle| !greeting.bundles.contains(&bundle))
+        };
+        self.greetings
+            .get(&node)
+            .is_some_and(|greetings| greetings.iter().any(lacks))
+    }
+
+    pub(crate) fn was_told(&self, attempt: AttemptRef, node: NodeId, phase: MemberPhase) -> bool {
+        self.reported
+            .get(&(attempt, node))
+            .is_some_and(|reported| phase <= *reported)
+    }
+
     pub(crate) fn backed_up(&mut self, rows: &Rows) {
         self.backup = Some(rows.clone());
     }
@@ -82,7 +112,12 @@ impl Oracle {
                 };
                 of(a) == of(b)
             };
+            let bundles = |rows: &Rows| -> Vec<_> {
+                let of = rows.bundles.values().filter(|bundle| bundle.id.job == *id);
+                of.cloned().collect()
+            };
             let same = backup.jobs.get(id) == Some(job)
+                && bundles(rows) == bundles(backup)
                 && same_tasks(rows, backup)
                 && same_attempts(rows, backup);
             if !same {
@@ -122,11 +157,11 @@ fn member_phase(phase: &ObservedPhase) -> MemberPhase {
 }
 
 impl World {
-    fn typed(&self) -> &Rows {
+    pub(crate) fn typed(&self) -> &Rows {
         &self.coordinator.store.typed
     }
 
-    fn job_name(&self, job: JobId) -> Option<String> {
+    pub(crate) fn job_name(&self, job: JobId) -> Option<String> {
         let job = self.typed().jobs.get(&job)?;
         Some(job.spec.name.clone())
     }
@@ -136,12 +171,12 @@ impl World {
             .is_none_or(|name| self.oracle.is_loose(&name))
     }
 
-    fn is_vouched(&self, node: NodeId) -> bool {
+    pub(crate) fn is_vouched(&self, node: NodeId) -> bool {
         self.oracle.vouched.contains(&node) || self.users.vouches_for(node)
     }
 
     /// Whether two machines claim to be this node at the moment.
-    fn is_doubled(&self, node: NodeId) -> bool {
+    pub(crate) fn is_doubled(&self, node: NodeId) -> bool {
         let doubled = |host: &super::host::Host| host.doubled && host.node == Some(node);
         self.hosts.iter().any(doubled)
     }
@@ -157,12 +192,7 @@ impl World {
     ) {
         for member in observed {
             let phase = member_phase(&member.phase);
-            let known = self
-                .oracle
-                .reported
-                .entry((member.attempt, node))
-                .or_insert(phase);
-            *known = phase.max(*known);
+            self.note_phase(member.attempt, node, phase);
             if phase == MemberPhase::Ready {
                 self.oracle.ready.insert((member.attempt, member.node_rank));
             }
@@ -173,8 +203,23 @@ impl World {
             if greetings.len() >= GREETINGS {
                 greetings.pop_front();
             }
-            greetings.push_back(names);
+            greetings.push_back(Greeting {
+                members: names,
+                bundles: BTreeSet::new(),
+            });
         }
+    }
+
+    pub(crate) fn note_greeting(&mut self, node: NodeId, bundles: &[ObservedBundle]) {
+        let greetings = self.oracle.greetings.entry(node).or_default();
+        if let Some(greeting) = greetings.back_mut() {
+            greeting.bundles = bundles.iter().map(|bundle| bundle.bundle).collect();
+        }
+    }
+
+    pub(crate) fn note_phase(&mut self, attempt: AttemptRef, node: NodeId, phase: MemberPhase) {
+        let known = self.oracle.reported.entry((attempt, node)).or_insert(phase);
+        *known = phase.max(*known);
     }
 
     pub(crate) fn note_told(&mut self, index: usize, event: &AgentEvent) {
@@ -194,29 +239,7 @@ impl World {
         if spec.nodes > 1 {
             self.see("gang member went");
         }
-        let resources = spec.resources;
-        let gpus = spec.gpu_uuids.clone();
-        self.oracle
-            .holds
-            .insert((index, attempt), (resources, gpus.clone()));
-        let mut sum = resources;
-        for other in self.hosts[index].attempts_alive() {
-            if other == attempt {
-                continue;
-            }
-            let Some((amounts, used)) = self.oracle.holds.get(&(index, other)) else {
-                continue;
-            };
-            sum = sum.plus(amounts);
-            let shared = used.iter().find(|gpu| gpus.contains(gpu)).cloned();
-            self.holds("I1", shared.is_none(), || {
-                format!("{attempt} and {other} use {shared:?} of host {index} at the same time")
-            });
-        }
-        let capacity = self.hosts[index].inventory.capacity;
-        self.holds("I1", sum.fits(&capacity), || {
-            format!("live processes use {sum:?} of host {index}, which has {capacity:?}")
-        });
+        self.check_room(index, attempt, spec.resources, &spec.gpu_uuids);
         if self.oracle.is_loose(&spec.job_name) {
             return;
         }
@@ -241,6 +264,42 @@ impl World {
                 format!("{attempt} goes and member {rank} was never ready")
             });
         }
+    }
+
+    /// What is about to start fits beside what lives.
+    pub(crate) fn check_room(
+        &mut self,
+        index: usize,
+        attempt: AttemptRef,
+        resources: Resources,
+        gpus: &[String],
+    ) {
+        self.oracle
+            .holds
+            .insert((index, attempt), (resources, gpus.to_vec()));
+        let mut sum = resources;
+        for other in self.hosts[index].attempts_alive() {
+            if other == attempt {
+                continue;
+            }
+            let Some((amounts, used)) = self.oracle.holds.get(&(index, other)) else {
+                continue;
+            };
+            sum = sum.plus(amounts);
+            let shared = used.iter().find(|gpu| gpus.contains(gpu)).cloned();
+            self.holds("I1", shared.is_none(), || {
+                format!("{attempt} and {other} use {shared:?} of host {index} at the same time")
+            });
+        }
+        let capacity = self.hosts[index].inventory.capacity;
+        // An agent counts no bundles, so two coordinators' worth of work can come together on a node: what a restored
+        // backup has forgotten, and what a copied disk made the coordinator believe to be gone.
+        let mut processes = self.hosts[index].processes.values();
+        let carries = processes.any(|process| process.bundle.is_some());
+        let excused = carries && (self.oracle.restores > 0 || self.hosts[index].doubled);
+        self.holds("I1", excused || sum.fits(&capacity), || {
+            format!("live processes use {sum:?} of host {index}, which has {capacity:?}")
+        });
     }
 
     pub(crate) fn check_spawn(&mut self, index: usize, attempt: AttemptRef, uid: u64, rank: u32) {
@@ -310,11 +369,9 @@ impl World {
             Record::Task(task) => self.check_task(task),
             Record::Attempt(attempt) => self.check_attempt(attempt),
             Record::Node(node) => self.check_node(node),
-            Record::NodeRemoved(_)
-            | Record::Token(_)
-            | Record::User(_)
-            | Record::Bundle(_)
-            | Record::BundleRemoved(_) => {}
+            Record::NodeRemoved(_) | Record::Token(_) | Record::User(_) => {}
+            Record::Bundle(bundle) => self.check_bundle(bundle),
+            Record::BundleRemoved(bundle) => self.check_bundle_over(*bundle),
         }
     }
 
@@ -449,9 +506,11 @@ impl World {
             if member.phase > old_phase && !loose {
                 let reported = self.oracle.reported.get(&(id, node)).copied();
                 let backed = reported.is_some_and(|reported| member.phase <= reported);
+                let carried = &self.oracle.carried;
+                let bundle = carried.attempts.get(&id).copied();
                 let absent = || {
-                    let greetings = self.oracle.greetings.get(&node);
-                    greetings.is_some_and(|sets| sets.iter().any(|set| !set.contains(&id)))
+                    self.oracle.absent(node, Some(id), bundle)
+                        || carried.returned.contains(&(id, node))
                 };
                 let excused = member.phase == MemberPhase::Ended
                     && (absent() || self.is_vouched(node) || reported.is_some_and(is_released));
@@ -538,7 +597,7 @@ impl World {
         silence
     }
 
-    fn was_silent(&self, node: NodeId, limit: std::time::Duration) -> bool {
+    pub(crate) fn was_silent(&self, node: NodeId, limit: std::time::Duration) -> bool {
         self.silence(node) + self.drift_slack(limit) >= micros(limit)
     }
 
@@ -590,11 +649,9 @@ impl World {
         let mut gpus: BTreeMap<(NodeId, String), AttemptRef> = BTreeMap::new();
         let mut wrong = Vec::new();
         for attempt in self.typed().attempts.values() {
-            for member in attempt
-                .members
-                .iter()
-                .filter(|member| !is_released(member.phase))
-            {
+            for member in attempt.members.iter().filter(|member| {
+                !is_released(member.phase) && !self.is_carried(attempt.id, member.node)
+            }) {
                 let sum = used.entry(member.node).or_default();
                 *sum = sum.plus(&member.resources);
                 for gpu in &member.gpu_uuids {
@@ -604,6 +661,7 @@ impl World {
                 }
             }
         }
+        self.bundles_use(&mut used);
         for (node, sum) in used {
             let capacity = self
                 .typed()
@@ -619,6 +677,7 @@ impl World {
         if let Some(wrong) = wrong.pop() {
             self.breaks("I10", wrong);
         }
+        self.check_no_task_lost();
     }
 
     // === the core against the rows ===
@@ -675,6 +734,8 @@ impl World {
         let same = core.live_jobs().eq(again.live_jobs())
             && core.attempts().eq(again.attempts())
             && core.nodes().eq(again.nodes())
+            && core.bundles().eq(again.bundles())
+            && core.bundles().eq(typed.bundles.values())
             && tasks
                 .iter()
                 .all(|(job, index)| core.task(*job, *index) == again.task(*job, *index));
@@ -735,12 +796,15 @@ impl World {
 
     pub(crate) fn check_command(&mut self, conn: u64, command: &Command) {
         match command {
-            Command::Welcome { desired, .. } => {
+            Command::Welcome { desired, bundles } => {
                 if let Some(conn) = self.conns.get_mut(&conn) {
                     conn.welcomed = true;
                 }
                 for member in desired {
                     self.check_desired(conn, member);
+                }
+                for bundle in bundles {
+                    self.check_desired_bundle(conn, bundle);
                 }
             }
             Command::Desire(member) => self.check_desired(conn, member),
@@ -751,7 +815,9 @@ impl World {
                     format!("{attempt} is to be forgotten and is {state:?}")
                 });
             }
-            Command::DesireBundle(_) | Command::ForgetBundle(_) | Command::Resync(_) => {}
+            Command::DesireBundle(bundle) => self.check_desired_bundle(conn, bundle),
+            Command::ForgetBundle(bundle) => self.check_forget_bundle(*bundle),
+            Command::Resync(_) => self.see("gap in the reports of a bundle"),
         }
     }
 
@@ -789,78 +855,5 @@ fn ask_digest(ask: Option<Ask>) -> Digest {
     match ask {
         Some(Ask::Submit { request, body, .. }) => super::users::digest(request, body),
         _ => Digest([0; 32]),
-    }
-}
-
-/// An event in a line.
-pub(crate) fn short(event: &Event) -> String {
-    match event {
-        Event::JobSubmitted {
-            request_id, spec, ..
-        } => format!(
-            "submit {} nodes {} array {:?}",
-            request_id.as_str(),
-            spec.nodes,
-            spec.array.map(|array| (array.first, array.last))
-        ),
-        Event::CancelRequested { job, .. } => format!("cancel {job}"),
-        Event::AgentRegistered(reg) => {
-            let members: Vec<String> = reg
-                .observed
-                .iter()
-                .map(|member| format!("{} {}", member.attempt, phase_name(&member.phase)))
-                .collect();
-            format!(
-                "hello of {} start {} {}: {}",
-                reg.node,
-                reg.incarnation,
-                reg.boot_id,
-                members.join(", ")
-            )
-        }
-        Event::MemberObserved {
-            session,
-            node,
-            member,
-        } => format!(
-            "{node} (session {}): {} {}",
-            session.0,
-            member.attempt,
-            phase_name(&member.phase)
-        ),
-        Event::SessionEnded { session, node } => format!("end of session {} of {node}", session.0),
-        Event::NodePolicySet { node, policy, .. } => format!("{node} to be {policy}"),
-        Event::NodeRemoved { node, .. } => format!("removal of {node}"),
-        Event::NodeConfirmedLost { node, .. } => format!("{node} confirmed lost"),
-        other => format!("{other:?}").chars().take(120).collect(),
-    }
-}
-
-/// A row in a line.
-pub(crate) fn short_row(record: &Record) -> String {
-    match record {
-        Record::Job(job) => format!("{} {} ({})", job.id, job.state, job.reason.message),
-        Record::Task(task) => format!("{}.{} {}", task.job, task.index, task.state),
-        Record::Attempt(attempt) => {
-            let members: Vec<String> = attempt
-                .members
-                .iter()
-                .map(|member| format!("{} {}", member.node, member.phase))
-                .collect();
-            format!(
-                "{} {} {:?} [{}] ({})",
-                attempt.id,
-                attempt.state,
-                attempt.outcome,
-                members.join(", "),
-                attempt.reason.message
-            )
-        }
-        Record::Node(node) => format!("{} {} {}", node.id, node.availability, node.policy),
-        Record::NodeRemoved(node) => format!("{node} removed"),
-        Record::Token(token) => format!("{}", token.id),
-        Record::User(user) => user.name.as_str().to_owned(),
-        Record::Bundle(bundle) => format!("{} {}", bundle.id, bundle.state),
-        Record::BundleRemoved(bundle) => format!("{bundle} removed"),
     }
 }

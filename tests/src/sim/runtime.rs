@@ -178,6 +178,7 @@ impl World {
             Process {
                 pid,
                 attempt,
+                bundle: None,
                 job: spec.job_name.clone(),
                 role: Role::Shim,
                 ignores_term: true,
@@ -261,12 +262,16 @@ impl World {
         }
     }
 
-    fn upload(&mut self, index: usize, attempt: AttemptRef) -> Event {
+    /// Whether something else than the session would get through.
+    pub(crate) fn reaches(&self, index: usize) -> bool {
         let line = self.hosts[index].line;
-        let reachable = self.coordinator.acts(self.now)
+        self.coordinator.acts(self.now)
             && line.up_cut_until <= self.now
-            && line.down_cut_until <= self.now;
-        if !reachable || self.goes_wrong(self.swarm.chances.upload_fails) {
+            && line.down_cut_until <= self.now
+    }
+
+    fn upload(&mut self, index: usize, attempt: AttemptRef) -> Event {
+        if !self.reaches(index) || self.goes_wrong(self.swarm.chances.upload_fails) {
             self.see("upload failed");
             let error = "the coordinator cannot be reached".to_owned();
             return Event::UploadFailed { attempt, error };

@@ -98,10 +98,10 @@ impl Shim {
 }
 
 /// How a rank will end by itself.
-struct Fate {
-    after: Micros,
-    exit: ExitStatus,
-    oom: bool,
+pub(crate) struct Fate {
+    pub(crate) after: Micros,
+    pub(crate) exit: ExitStatus,
+    pub(crate) oom: bool,
 }
 
 impl World {
@@ -363,6 +363,7 @@ impl World {
         let process = Process {
             pid,
             attempt,
+            bundle: None,
             job: spec.job_name.clone(),
             role: Role::Rank(rank),
             ignores_term,
@@ -416,7 +417,7 @@ impl World {
         );
     }
 
-    fn fate(&mut self) -> Fate {
+    pub(crate) fn fate(&mut self) -> Fate {
         let mut after = self.rng.skewed(ms(20), self.swarm.longest_run);
         if self.goes_wrong(80) {
             after *= 4;
@@ -456,6 +457,9 @@ impl World {
             self.say(format!(
                 "host {index}: {attempt} rank {rank} ends with {exit}"
             ));
+        }
+        if process.bundle.is_some() {
+            return self.task_exited(index, &process, uid, exit);
         }
         let Some(shim) = self.hosts[index].shims.get_mut(&attempt) else {
             return;
@@ -548,7 +552,7 @@ impl World {
         }
     }
 
-    fn terminate_tree(&mut self, index: usize, attempt: AttemptRef) {
+    pub(crate) fn terminate_tree(&mut self, index: usize, attempt: AttemptRef) {
         let listening: Vec<u64> = self.hosts[index]
             .living(attempt)
             .filter(|(_, process)| !process.ignores_term && process.role != Role::Child)

@@ -265,8 +265,8 @@ impl Store {
         })
     }
 
-    /// Puts a copy back. What an operator has to do with it, and what there is no command for yet: the term and the next
-    /// ids stay above every one that was ever given, or two machines would get one identity and two jobs one id.
+    /// Puts a copy back. As `yard coordinator restore` sees to it, the term and the next ids stay above every
+    /// one that was ever given, or two machines would get one identity and two jobs one id.
     pub(crate) fn restore(&mut self, backup: &Backup) {
         self.rows.clone_from(&backup.rows);
         self.requests.clone_from(&backup.requests);
@@ -283,6 +283,7 @@ fn put(snapshot: &mut Snapshot, record: Record) {
         Record::Node(node) => snapshot.nodes.push(*node),
         Record::Token(token) => snapshot.tokens.push(*token),
         Record::User(user) => snapshot.users.push(*user),
-        Record::NodeRemoved(_) | Record::Bundle(_) | Record::BundleRemoved(_) => {}
+        Record::Bundle(bundle) => snapshot.bundles.push(*bundle),
+        Record::NodeRemoved(_) | Record::BundleRemoved(_) => {}
     }
 }

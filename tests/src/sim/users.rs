@@ -394,13 +394,37 @@ impl World {
                 max_running,
             });
             spec.nodes = 1;
-            // Not a bundle.
-            spec.procs_per_node = 2;
         }
-        if rng.chance(30) {
+        if rng.chance(250) {
+            self.some_array(&mut spec);
+        }
+        if self.rng.chance(30) {
             spec.resources_per_node.gpus = 100;
         }
         spec
+    }
+
+    /// Tasks that may go into bundles, often so quick that some are held ahead.
+    fn some_array(&mut self, spec: &mut JobSpec) {
+        let rng = &mut self.rng;
+        let first = u32::try_from(rng.below(4)).unwrap_or(0);
+        let last = first + u32::try_from(rng.skewed(2, 120)).unwrap_or(1);
+        let max_running = rng.chance(250).then_some(3);
+        spec.array = Some(Array {
+            first,
+            last,
+            max_running,
+        });
+        spec.nodes = 1;
+        spec.procs_per_node = 1;
+        spec.launcher = Launcher::None;
+        spec.resources_per_node.gpus = 0;
+        if rng.chance(700) {
+            spec.command = vec!["quick".to_owned()];
+        }
+        if rng.chance(500) {
+            spec.snapshot = Some(Digest([7; 32]));
+        }
     }
 
     // === watchers ===

@@ -4,10 +4,12 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 
-use trainyard_common::ids::AttemptRef;
+use trainyard_common::ids::{AttemptRef, BundleRef};
 use trainyard_common::state::ExitStatus;
 use trainyard_coordinator_core::event::Event as CoreEvent;
 
+use super::bundles::BundleStep;
+use super::carrier::CarrierStep;
 use super::clock::{Micros, secs};
 use super::coordinator::Coordinator;
 use super::host::Host;
@@ -86,6 +88,11 @@ pub(crate) enum Happening {
         agent: u64,
         conn: u64,
     },
+
+    /// Of an agent by number.
+    Bundle(usize, u64, BundleRef, BundleStep),
+    /// A carrier by number.
+    Carrier(usize, u64, CarrierStep),
 
     ShimUp(usize, AttemptRef, u64),
     ShimOrdered(usize, AttemptRef, u64, Order),
@@ -343,6 +350,10 @@ impl World {
             Happening::SessionLate { host, agent, conn } => self.session_late(host, agent, conn),
             Happening::Beat { host, agent, conn } => self.beat(host, agent, conn),
             Happening::TermKept { host, agent, conn } => self.term_kept(host, agent, conn),
+            Happening::Bundle(host, agent, bundle, step) => {
+                self.bundle_steps(host, agent, bundle, step);
+            }
+            Happening::Carrier(host, serial, step) => self.carrier_steps(host, serial, step),
             Happening::ShimUp(host, attempt, serial) => self.shim_up(host, attempt, serial),
             Happening::ShimOrdered(host, attempt, serial, order) => {
                 self.shim_ordered(host, attempt, serial, order);
@@ -392,6 +403,7 @@ impl World {
             | Happening::AgentDone { host, .. }
             | Happening::ShimHeard { host, .. }
             | Happening::Settle { host, .. }
+            | Happening::Bundle(host, ..)
             | Happening::SessionTried(host, _)
             | Happening::SessionLate { host, .. }
             | Happening::Beat { host, .. }
@@ -408,6 +420,7 @@ impl World {
             | Happening::BackupMade
             | Happening::BackupRestored
             | Happening::AgentStarts(_)
+            | Happening::Carrier(..)
             | Happening::ShimUp(..)
             | Happening::ShimOrdered(..)
             | Happening::ShimGoes(..)
