@@ -20,8 +20,8 @@ use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
 use super::cgroup::Cgroup;
-use super::dir::{AttemptDir, NEW_PREFIX, OLD_PREFIX, SOCKET, random_hex, read_json, sync_dir};
-use super::remove::delete_tree;
+use super::dir::{AttemptDir, SOCKET, read_json};
+use super::remove::{named_directories, remove_whole};
 use super::tree::Tree;
 use super::wire::{Command, Lines, MemberFile, Settings, ShimFile, Status, line};
 use super::{RuntimeEvent, ShimState};
@@ -419,39 +419,16 @@ pub(super) fn read_member(dir: &AttemptDir) -> io::Result<MemberFile> {
     Ok(member)
 }
 
-/// The directories of attempts. What an interrupted accept or removal left is deleted.
+/// The directories of attempts, in their order.
 pub(super) fn list(attempts: &Path) -> io::Result<Vec<AttemptDir>> {
-    let entries = match std::fs::read_dir(attempts) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX) {
-            if let Err(error) = delete_tree(&path) {
-                tracing::warn!(
-                    path = %path.display(),
-                    error = &error as &dyn std::error::Error,
-                    "a leftover directory cannot be deleted"
-                );
-            }
-            continue;
-        }
-        match name.parse::<AttemptRef>() {
-            Ok(attempt) if attempt.to_string() == name => {
-                found.push(AttemptDir::new(attempts, attempt));
-            }
-            _ => tracing::warn!(path = %path.display(), "not an attempt; left alone"),
-        }
-    }
-    found.sort_by_key(AttemptDir::attempt);
-    Ok(found)
+    let found = named_directories::<AttemptRef>(attempts)?;
+    let dirs = found.into_iter();
+    Ok(dirs
+        .map(|attempt| AttemptDir::new(attempts, attempt))
+        .collect())
 }
 
-/// Deletes an attempt's directory: first its name, so that it is whole or not there for everybody else.
+/// Deletes an attempt's directory and its cgroup.
 pub(super) fn remove(attempts: &Path, dir: &AttemptDir) -> io::Result<()> {
     if let Ok(Some(ShimFile {
         cgroup: Some(path), ..
@@ -460,11 +437,5 @@ pub(super) fn remove(attempts: &Path, dir: &AttemptDir) -> io::Result<()> {
     {
         cgroup.remove();
     }
-    let old = attempts.join(format!("{OLD_PREFIX}{}", random_hex(8)?));
-    match std::fs::rename(dir.root(), &old) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        result => result?,
-    }
-    sync_dir(attempts)?;
-    delete_tree(&old)
+    remove_whole(attempts, dir.root())
 }

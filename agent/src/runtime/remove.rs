@@ -10,11 +10,12 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use nix::libc;
 
 use super::RunAs;
-use super::dir::AttemptDir;
+use super::dir::{AttemptDir, NEW_PREFIX, OLD_PREFIX, random_hex, sync_dir};
 
 /// A directory that is held, whatever happens to its name.
 #[derive(Debug)]
@@ -45,6 +46,54 @@ impl Held {
         // Fails for directories of others, which shows in what is tried next.
         let _ = std::fs::set_permissions(self.path(), Permissions::from_mode(0o700));
     }
+}
+
+/// The directories in `parent` that are named like a `T`, in its order. What an interrupted making or removal left is
+/// deleted, and everything else left alone. There may be no such parent.
+///
+/// # Errors
+/// The parent cannot be listed.
+pub(crate) fn named_directories<T: FromStr + ToString + Ord>(parent: &Path) -> io::Result<Vec<T>> {
+    let entries = match std::fs::read_dir(parent) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX) {
+            if let Err(error) = delete_tree(&path) {
+                tracing::warn!(
+                    path = %path.display(),
+                    error = &error as &dyn std::error::Error,
+                    "a leftover directory cannot be deleted"
+                );
+            }
+            continue;
+        }
+        match name.parse::<T>() {
+            Ok(named) if named.to_string() == name => found.push(named),
+            _ => tracing::warn!(path = %path.display(), "not one of ours; left alone"),
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Deletes a directory in `parent`: first its name, so that it is whole or not there for everybody else.
+///
+/// # Errors
+/// It cannot be renamed, or as for [`delete_tree`].
+pub(crate) fn remove_whole(parent: &Path, directory: &Path) -> io::Result<()> {
+    let old = parent.join(format!("{OLD_PREFIX}{}", random_hex(8)?));
+    match std::fs::rename(directory, &old) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        result => result?,
+    }
+    sync_dir(parent)?;
+    delete_tree(&old)
 }
 
 /// Deletes a directory and all below it.

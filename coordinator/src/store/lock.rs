@@ -6,13 +6,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use trainyard_common::time::Timestamp;
-use trainyard_transport::host;
+use trainyard_transport::{files, host};
 
 use super::StoreError;
 
@@ -27,7 +24,7 @@ const MAX_HOLDER_BYTES: u64 = 1024;
 /// The right to use a state directory, for as long as it lives.
 #[derive(Debug)]
 pub struct StateLock {
-    _file: Flock<File>,
+    _file: File,
 }
 
 impl StateLock {
@@ -59,19 +56,12 @@ impl StateLock {
             .mode(0o600)
             .open(&path)
             .map_err(|source| failed("open", source))?;
-        let locked = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Err((file, Errno::EWOULDBLOCK)) => wait(file, patience),
-            at_once => Some(at_once.map_err(|(_, errno)| errno)),
-        };
-        let mut file = match locked {
-            Some(Ok(file)) => file,
-            Some(Err(errno)) => return Err(failed("lock", errno.into())),
-            None => {
-                return Err(StoreError::Held {
-                    path: PathBuf::from(dir),
-                    holder: holder(&path),
-                });
-            }
+        let locked = files::lock_within(file, patience).map_err(|source| failed("lock", source))?;
+        let Some(mut file) = locked else {
+            return Err(StoreError::Held {
+                path: PathBuf::from(dir),
+                holder: holder(&path),
+            });
         };
         let text = format!(
             "pid {}, host {}, since unix ms {}\n",
@@ -90,22 +80,6 @@ impl StateLock {
         }
         Ok(Self { _file: file })
     }
-}
-
-/// Waits until whoever holds the lock lets it go; nothing if that takes longer than `patience`.
-fn wait(file: File, patience: Duration) -> Option<Result<Flock<File>, Errno>> {
-    // The kernel wakes a thread that waits for a lock, and knows no time limit for it, so another one waits. If it gets
-    // the lock too late, nobody takes it over, and that drops it.
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let waiter = move || {
-        let locked = Flock::lock(file, FlockArg::LockExclusive);
-        let _ = sender.send(locked.map_err(|(_, errno)| errno));
-    };
-    std::thread::Builder::new()
-        .name("state-lock".to_owned())
-        .spawn(waiter)
-        .ok()?;
-    receiver.recv_timeout(patience).ok()
 }
 
 fn holder(path: &Path) -> String {

@@ -21,8 +21,8 @@ use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{blocking, spawn};
 
 use super::super::client::{connect, is_unlocked};
-use super::super::dir::{NEW_PREFIX, OLD_PREFIX, boot_id, random_hex, sync_dir};
-use super::super::remove::delete_tree;
+use super::super::dir::{boot_id, random_hex};
+use super::super::remove::{named_directories, remove_whole};
 use super::super::start::start_shim;
 use super::super::wire::{Lines, line};
 use super::journal::Journal;
@@ -265,7 +265,7 @@ impl Carriers {
         // Its follower leaves.
         self.links().remove(&bundle);
         let bundles = self.inner.config.bundles_dir.clone();
-        blocking(move || remove(&bundles, &dir))
+        blocking(move || remove_whole(&bundles, dir.root()))
             .await
             .map_err(|source| CarrierError::Remove { bundle, source })
     }
@@ -531,32 +531,8 @@ fn create(config: &CarrierConfig, bundle: BundleRef, spec: MemberSpec) -> io::Re
 }
 
 fn recover(bundles: &std::path::Path) -> io::Result<Vec<RecoveredBundle>> {
-    let entries = match std::fs::read_dir(bundles) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX) {
-            if let Err(error) = delete_tree(&path) {
-                tracing::warn!(
-                    path = %path.display(),
-                    error = &error as &dyn std::error::Error,
-                    "a leftover directory cannot be deleted"
-                );
-            }
-            continue;
-        }
-        let bundle = match name.parse::<BundleRef>() {
-            Ok(bundle) if bundle.to_string() == name => bundle,
-            _ => {
-                tracing::warn!(path = %path.display(), "not a bundle; left alone");
-                continue;
-            }
-        };
+    for bundle in named_directories::<BundleRef>(bundles)? {
         match recover_one(&BundleDir::new(bundles, bundle)) {
             Ok(one) => found.push(one),
             Err(error) => tracing::error!(
@@ -566,7 +542,6 @@ fn recover(bundles: &std::path::Path) -> io::Result<Vec<RecoveredBundle>> {
             ),
         }
     }
-    found.sort_by_key(|one| one.bundle);
     Ok(found)
 }
 
@@ -587,15 +562,4 @@ fn recover_one(dir: &BundleDir) -> io::Result<RecoveredBundle> {
         spec: file.spec,
         carrier,
     })
-}
-
-/// Deletes a bundle's directory: first its name, so that it is whole or not there for everybody else.
-fn remove(bundles: &std::path::Path, dir: &BundleDir) -> io::Result<()> {
-    let old = bundles.join(format!("{OLD_PREFIX}{}", random_hex(8)?));
-    match std::fs::rename(dir.root(), &old) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        result => result?,
-    }
-    sync_dir(bundles)?;
-    delete_tree(&old)
 }
