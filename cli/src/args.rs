@@ -525,7 +525,7 @@ impl CoordinatorCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct BackupArgs {
-    /// The state to copy [default: DATA_DIR/coordinator]
+    /// The state to copy [default: that of `yard up`, or DATA_DIR/coordinator]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Where to put the backup: a new directory, or one that exists, in which it gets a name with the time
@@ -551,7 +551,7 @@ pub(crate) struct RestoreArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
-    /// The state to read [default: DATA_DIR/coordinator]
+    /// The state to read [default: that of `yard up`, or DATA_DIR/coordinator]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Print JSON

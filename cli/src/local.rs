@@ -116,7 +116,8 @@ impl LocalCluster {
         Self { dir }
     }
 
-    fn coordinator_dir(&self) -> PathBuf {
+    /// Where its coordinator keeps its state.
+    pub(crate) fn coordinator_dir(&self) -> PathBuf {
         self.dir.join("coordinator")
     }
 

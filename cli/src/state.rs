@@ -10,6 +10,7 @@ use trainyard_coordinator::{Backup, BackupError};
 use crate::args::{BackupArgs, CheckArgs, Global, RestoreArgs};
 use crate::failure::{EXIT_INVALID, EXIT_IO, EXIT_NOT_FOUND, EXIT_REFUSED, Failure};
 use crate::json::time;
+use crate::local::LocalCluster;
 use crate::output;
 use crate::paths::Paths;
 
@@ -21,7 +22,7 @@ const JOBS_NAMED: usize = 8;
 
 /// Reads everything and says what is damaged.
 pub(crate) fn check(global: &Global, args: &CheckArgs) -> Result<ExitCode, Failure> {
-    let dir = state_dir(global, args.state_dir.as_deref())?;
+    let dir = existing_state(global, args.state_dir.as_deref())?;
     let found = trainyard_coordinator::check(&dir).map_err(|error| failure(&error))?;
     if args.json {
         output::line(&report(&dir, &found).to_string());
@@ -113,7 +114,7 @@ fn report(dir: &Path, found: &Inspection) -> Value {
 
 /// Copies the state, also under a coordinator that runs on it.
 pub(crate) fn backup(global: &Global, args: &BackupArgs) -> Result<ExitCode, Failure> {
-    let dir = state_dir(global, args.state_dir.as_deref())?;
+    let dir = existing_state(global, args.state_dir.as_deref())?;
     let (place, made) =
         trainyard_coordinator::backup(&dir, &args.to).map_err(|error| failure(&error))?;
     if args.json {
@@ -131,7 +132,11 @@ pub(crate) fn backup(global: &Global, args: &BackupArgs) -> Result<ExitCode, Fai
 
 /// Makes a state directory from a backup.
 pub(crate) fn restore(global: &Global, args: &RestoreArgs) -> Result<ExitCode, Failure> {
-    let dir = state_dir(global, args.state_dir.as_deref())?;
+    let dir = match &args.state_dir {
+        Some(dir) => dir.clone(),
+        None => LocalCluster::new(Paths::new(global)?.data).coordinator_dir(),
+    };
+    let dir = absolute(&dir)?;
     let made = trainyard_coordinator::restore(&args.from, &dir).map_err(|error| failure(&error))?;
     if args.json {
         output::line(&backup_json(&dir, &made).to_string());
@@ -160,12 +165,26 @@ fn backup_json(place: &Path, made: &Backup) -> Value {
     })
 }
 
-fn state_dir(global: &Global, given: Option<&Path>) -> Result<PathBuf, Failure> {
-    let dir = match given {
-        Some(dir) => dir.to_owned(),
-        None => Paths::new(global)?.data.join("coordinator"),
-    };
-    std::path::absolute(&dir).map_err(|error| Failure::path("find", &dir, &error))
+/// The state that was named, else that of the cluster that commands here speak to: of `yard up`, or of a `yard
+/// coordinator run` in the usual place.
+fn existing_state(global: &Global, given: Option<&Path>) -> Result<PathBuf, Failure> {
+    if let Some(dir) = given {
+        return absolute(dir);
+    }
+    let paths = Paths::new(global)?;
+    let places = [paths.local(), paths.data].map(LocalCluster::new);
+    if let Some(found) = places.iter().find(|cluster| cluster.exists()) {
+        return absolute(&found.coordinator_dir());
+    }
+    let [up, run] = places.map(|cluster| cluster.coordinator_dir().display().to_string());
+    let message = format!(
+        "no coordinator keeps its state in {up} or {run}; name its directory with --state-dir"
+    );
+    Err(Failure::new(EXIT_NOT_FOUND, "NO_STATE", message))
+}
+
+fn absolute(dir: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(dir).map_err(|error| Failure::path("find", dir, &error))
 }
 
 fn failure(error: &BackupError) -> Failure {

@@ -41,6 +41,12 @@ fn a_job_that_was_in_the_backup_outlives_the_loss_of_the_state() {
         .json();
     assert_eq!(found["whole"], true);
     assert_eq!(found["cluster"], made["cluster"]);
+    // Unless told otherwise it is the state of the cluster that commands here speak to.
+    let unnamed = machine
+        .yard(&["coordinator", "check", "--json"])
+        .expect_code(0)
+        .json();
+    assert_eq!(unnamed["cluster"], made["cluster"]);
     // Younger than the backup: lost with the state.
     assert_eq!(cluster.submit(&["--", "true"]), "j2");
     let refused = machine
@@ -129,4 +135,13 @@ fn damage_and_a_missing_state_have_codes_of_their_own() {
     let _ = machine
         .yard(&["coordinator", "check", "--state-dir", to])
         .expect_code(66);
+}
+
+#[test]
+fn where_no_state_is_the_places_and_the_flag_are_named() {
+    let machine = Machine::new();
+    let refused = machine.yard(&["coordinator", "check"]).expect_code(66);
+    for said in ["local/coordinator", "--state-dir"] {
+        assert!(refused.stderr.contains(said), "{}", refused.stderr);
+    }
 }
