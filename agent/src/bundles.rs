@@ -5,6 +5,7 @@ mod feed;
 mod lanes;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -29,7 +30,7 @@ use crate::runtime::footprint::give_back_heap;
 pub(crate) use self::feed::Means;
 pub(crate) use self::lanes::Lanes;
 
-use self::feed::{Feed, Growth};
+use self::feed::{Feed, Growth, Recorded};
 
 /// When what a bundle needed in memory is surely free, so that it can be given back.
 const TIDY_AFTER: Duration = Duration::from_secs(1);
@@ -44,6 +45,8 @@ pub(crate) struct Bundles {
     feeds: BTreeMap<BundleRef, Feed>,
     /// How far the journals are that are not read yet, as the coordinator has not said what it has on record.
     growth: BTreeMap<BundleRef, Growth>,
+    /// Tasks whose ends the coordinator said last that it has not on record.
+    open: BTreeMap<BundleRef, Arc<TaskSet>>,
     refused: BTreeMap<BundleRef, Refused>,
     fetches: BTreeMap<BundleRef, CancellationToken>,
     running: JoinSet<BundleEvent>,
@@ -71,6 +74,7 @@ impl Bundles {
             means,
             feeds: BTreeMap::new(),
             growth: BTreeMap::new(),
+            open: BTreeMap::new(),
             refused: BTreeMap::new(),
             fetches: BTreeMap::new(),
             running: JoinSet::new(),
@@ -162,8 +166,10 @@ impl Bundles {
     /// Reads the journal from its beginning, once it is known what is on record.
     fn start_feed(&mut self, bundle: BundleRef) {
         let recorded = self.means.outgoing.bundles(|lanes| lanes.on_record(bundle));
-        if let (Some(growth), Some(recorded)) = (self.growth.get(&bundle), recorded) {
+        if let (Some(growth), Some(reports)) = (self.growth.get(&bundle), recorded) {
             let dir = self.carriers.dir(bundle);
+            let open = self.open.get(&bundle).cloned().unwrap_or_default();
+            let recorded = Recorded { reports, open };
             let feed = Feed::start(self.means.clone(), dir, *growth, recorded);
             self.feeds.insert(bundle, feed);
         }
@@ -268,8 +274,11 @@ impl Bundles {
             tracing::warn!(%bundle, recorded, "the coordinator has fewer reports on record than before");
             self.feeds.remove(&bundle);
         }
+        let open = Arc::new(desired.tasks.clone());
+        self.open.insert(bundle, open.clone());
+        let reports = recorded;
         match self.feeds.get(&bundle) {
-            Some(feed) => feed.recorded(recorded),
+            Some(feed) => feed.recorded(Recorded { reports, open }),
             None => self.start_feed(bundle),
         }
     }
@@ -331,6 +340,7 @@ impl Bundles {
     fn forget(&mut self, bundle: BundleRef) {
         self.refused.remove(&bundle);
         self.growth.remove(&bundle);
+        self.open.remove(&bundle);
         self.means.outgoing.bundles(|lanes| lanes.close(bundle));
     }
 }

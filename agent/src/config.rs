@@ -10,6 +10,8 @@ use serde::{Deserialize, Deserializer};
 use trainyard_common::limits::MAX_LOG_BYTES_PER_RANK;
 use trainyard_common::units::{parse_bytes, parse_cpus, parse_duration};
 
+use trainyard_transport::restart::Restart;
+
 use crate::probe::gpu::DEFAULT_LIBRARY;
 use crate::runtime::RunAs;
 
@@ -47,6 +49,8 @@ pub struct Config {
     pub embedded: bool,
     /// The program that becomes a shim, and its arguments.
     pub shim_command: Vec<OsString>,
+    /// Who starts this process again if a self test kills it; not in the file. Default: nobody, so none may.
+    pub restart: Restart,
 }
 
 /// Why a configuration cannot be used.
@@ -152,6 +156,7 @@ impl Config {
             leave_when_orphaned: None,
             embedded: false,
             shim_command: vec![program.into(), "shim".into()],
+            restart: Restart::Nobody("it is part of another process".to_owned()),
         })
     }
 

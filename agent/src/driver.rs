@@ -30,8 +30,10 @@ use crate::outgoing::Outgoing;
 use crate::probe::usable_gpus;
 use crate::runtime::{Runtime, RuntimeError, RuntimeEvent, ShimState};
 use crate::session::SessionEvent;
+use crate::state::History;
 use crate::uploads::Uploader;
 use trainyard_transport::clock::Clock;
+use trainyard_transport::task::{blocking, spawn};
 
 /// Short requests to the runtime at a time; each waits for the disk once or twice.
 const PARALLEL: usize = 32;
@@ -57,6 +59,8 @@ pub(crate) struct Driver {
     pub(crate) inventory: Inventory,
     pub(crate) lanes: Lanes,
     pub(crate) bundles: Bundles,
+    /// Present while something of before the records were lost may be taken for new.
+    pub(crate) history: Option<History>,
 }
 
 /// Those who carry requests out.
@@ -341,6 +345,23 @@ impl Driver {
             SessionEvent::Forget(attempt) => self.tell(Event::ForgetRequested(attempt)),
             SessionEvent::Closed => self.tell(Event::Disconnected),
         }
+        self.mind_history();
+    }
+
+    fn mind_history(&mut self) {
+        if self.core.is_history_settled()
+            && let Some(history) = self.history.take()
+        {
+            spawn("history", async move {
+                // Otherwise the next start begins anew too, which is safe.
+                if let Err(error) = blocking(move || history.mark()).await {
+                    tracing::warn!(
+                        error = chain(&error),
+                        "cannot note that all is accounted for"
+                    );
+                }
+            });
+        }
     }
 
     fn tell(&mut self, event: Event) {
@@ -411,6 +432,7 @@ pub(crate) fn runtime_state(state: ShimState) -> Option<RuntimeState> {
         ShimState::Ready { port } => Some(RuntimeState::Ready { port }),
         ShimState::Running { started_at } => Some(RuntimeState::Running { started_at }),
         ShimState::Stopping => Some(RuntimeState::Stopping),
+        ShimState::CleanupPending(cleanup) => Some(RuntimeState::CleanupPending(cleanup)),
         ShimState::Gone(ending) => Some(RuntimeState::Gone(ending)),
     }
 }

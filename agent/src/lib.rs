@@ -10,8 +10,10 @@ mod cache;
 mod chain;
 pub mod config;
 mod driver;
+mod faults;
 mod fetch;
 mod growth;
+mod last_words;
 mod link;
 mod logs;
 mod outgoing;
@@ -36,11 +38,13 @@ use trainyard_transport::identity::Identity;
 use trainyard_transport::pki::PkiError;
 
 pub use crate::config::{Config, ConfigError};
+pub use crate::last_words::keep_panics;
 pub use crate::state::{StateError, make_data_dir};
 
 use crate::bundles::{Bundles, Means};
 use crate::cache::Cache;
 use crate::driver::{Driver, Hands, Lanes, Left, core_config, runtime_state};
+use crate::faults::Faults;
 use crate::fetch::Fetcher;
 use crate::link::Link;
 use crate::logs::Logs;
@@ -105,9 +109,20 @@ pub enum Error {
 /// # Errors
 /// [`Error`]: nothing was started then, except for [`Error::Panicked`].
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<ExitReason, Error> {
+    let dir = config.data_dir.clone();
+    let result = work(config, shutdown).await;
+    match &result {
+        // The directory is another agent's.
+        Ok(_) | Err(Error::State(StateError::Locked { .. })) => {}
+        Err(error) => last_words::leave(&dir, &chain::chain(error)),
+    }
+    result
+}
+
+async fn work(config: Config, shutdown: impl Future<Output = ()>) -> Result<ExitReason, Error> {
     let run_as = config.run_as()?;
     let dir = config.data_dir.clone();
-    let (state, credentials) = {
+    let (mut state, credentials) = {
         let (dir, run_as) = (dir.clone(), run_as.clone());
         blocking(move || {
             let state = AgentState::open(&dir)?;
@@ -166,6 +181,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
     };
     let mut bundles = Bundles::new(carriers, carrier_events, hands.fetcher.clone(), means);
     core.recover_bundles(bundles.recover().await?);
+    let history = state.begins_anew();
+    if history.is_some() {
+        tracing::info!(
+            "no records of earlier attempts are here, what was placed before is not started"
+        );
+        core.begin_anew();
+    }
     let leaving = CancellationToken::new();
     let _leave_on_drop = leaving.clone().drop_guard();
     let session = Session {
@@ -175,9 +197,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
         dir: dir.clone(),
         advertise_address: config.advertise_address.clone(),
         outgoing: outgoing.clone(),
+        runtime: hands.runtime.clone(),
         driver: session_sender,
         leaving: leaving.clone(),
         openings: 0,
+        last_words: {
+            let dir = dir.clone();
+            blocking(move || last_words::read(&dir)).await
+        },
+        skewed: false,
+        faults: Faults::new(link.gate().clone(), config.restart.clone()),
     };
     let mut session = AbortOnDrop(spawn("session", session.run()));
     let mut logs = AbortOnDrop(spawn("logs", logs.run(link.clone())));
@@ -196,6 +225,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<E
         inventory,
         lanes: Lanes::new(),
         bundles,
+        history,
     };
     let left = tokio::select! {
         biased;

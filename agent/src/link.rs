@@ -8,6 +8,7 @@ use tonic::transport::Channel;
 use trainyard_common::ids::{ClusterId, NodeId};
 use trainyard_transport::client::{self, ConnectError, Trust};
 use trainyard_transport::endpoint::Endpoint;
+use trainyard_transport::gate::Gate;
 use trainyard_transport::tls::ClientCert;
 
 /// Where the coordinator is and how each knows the other. Clones share it.
@@ -19,6 +20,7 @@ struct Inner {
     endpoints: Vec<Endpoint>,
     trust: Trust,
     cert: ClientCert,
+    gate: Gate,
     cluster: ClusterId,
     node: NodeId,
     bulk: Mutex<Option<Channel>>,
@@ -37,6 +39,7 @@ impl Link {
             endpoints,
             trust,
             cert,
+            gate: Gate::default(),
             cluster,
             node,
             bulk: Mutex::new(None),
@@ -57,9 +60,21 @@ impl Link {
         &self.0.cert
     }
 
+    /// What all connections go through, so that they can be cut.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.0.gate
+    }
+
     /// A new connection for a session.
     pub(crate) async fn connect(&self) -> Result<Channel, ConnectError> {
-        client::connect(&self.0.endpoints, &self.0.trust, Some(&self.0.cert)).await
+        let Inner {
+            endpoints,
+            trust,
+            cert,
+            gate,
+            ..
+        } = &*self.0;
+        client::connect_through(gate, endpoints, trust, Some(cert)).await
     }
 
     /// The connection for bulk data, made when first needed; afterwards it reconnects by itself.

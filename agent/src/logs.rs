@@ -20,7 +20,7 @@ use tonic::Streaming;
 use trainyard_common::error::ErrorCode;
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::limits::{CHUNK_BYTES, MAX_MESSAGE};
-use trainyard_common::logrecord::whole_records;
+use trainyard_common::logrecord::{LogKind, LogRecord, dropped_data};
 use trainyard_proto::convert::InvalidField;
 use trainyard_proto::status::from_status;
 use trainyard_proto::v1;
@@ -32,6 +32,7 @@ use crate::chain::chain;
 use crate::growth::Growth;
 use crate::link::Link;
 use crate::runtime::AttemptDir;
+use trainyard_transport::clock::wall_now;
 use trainyard_transport::task::blocking;
 
 /// How often record files are looked at that the kernel does not tell of: what a person who follows a log hardly notices.
@@ -337,7 +338,7 @@ impl Logs {
 
     /// Notes what was read, and makes the message of it.
     fn note(&self, chunk: Chunk) -> Option<v1::PushLogsRequest> {
-        let Chunk { read, result } = chunk;
+        let Chunk { read, result, rest } = chunk;
         let mut tracked = self.lock();
         let of = tracked.get_mut(&read.attempt)?;
         let log = of.ranks.get_mut(&read.rank)?;
@@ -356,16 +357,34 @@ impl Logs {
                 log.sent += data.len() as u64;
                 (read.offset, data, false)
             }
-            (What::Read, Ok(_)) if read.gone => {
-                log.end_sent = true;
-                (log.sent, Vec::new(), true)
+            // The damage may be all that there is to say; what is written behind it is counted with it.
+            (What::Read, Err(error))
+                if error.kind() == io::ErrorKind::InvalidData && !read.gone =>
+            {
+                return None;
             }
-            (What::Read, Ok(_)) => return None,
-            (What::Read, Err(error)) => {
+            (What::Read, Ok(_)) if !read.gone => return None,
+            (What::Read, result) => {
                 let path = &read.path;
-                tracing::warn!(?path, %error, "cannot read the output of a rank, it ends here");
+                let (offset, bytes) = (read.offset, rest);
+                match &result {
+                    Err(error) => {
+                        tracing::warn!(?path, offset, bytes, %error, "cannot read the output of a rank, it ends here");
+                    }
+                    Ok(_) if bytes > 0 => {
+                        tracing::warn!(
+                            ?path,
+                            offset,
+                            bytes,
+                            "the torn end of a rank's output was cut off"
+                        );
+                    }
+                    Ok(_) => {}
+                }
                 log.end_sent = true;
-                (log.sent, Vec::new(), true)
+                let marker = marker(offset, bytes);
+                log.sent += marker.len() as u64;
+                (offset, marker, true)
             }
         };
         Some(v1::PushLogsRequest {
@@ -538,6 +557,8 @@ struct Chunk {
     read: Wanted,
     /// Nothing if it is too long to be read whole.
     result: io::Result<Option<Vec<u8>>>,
+    /// Bytes in the file that are no whole records, if nothing else is there.
+    rest: u64,
 }
 
 impl Wanted {
@@ -547,11 +568,36 @@ impl Wanted {
             What::Read => read_records(&self.path, self.offset).map(Some),
             What::ReadWhole => read_whole(&self.path),
         };
-        Chunk { read: self, result }
+        let nothing = !matches!(&result, Ok(Some(data)) if !data.is_empty());
+        let length = || std::fs::metadata(&self.path).map_or(0, |metadata| metadata.len());
+        let rest = match self.what {
+            What::Read if nothing => length().saturating_sub(self.offset),
+            What::Read | What::Ask | What::ReadWhole => 0,
+        };
+        Chunk {
+            read: self,
+            result,
+            rest,
+        }
     }
 }
 
-/// All records of a file of at most a chunk's length.
+/// A record that says how many bytes of a log are not shown, and from where; nothing if there are none.
+fn marker(offset: u64, bytes: u64) -> Vec<u8> {
+    let mut marker = Vec::new();
+    if bytes > 0 {
+        let data = dropped_data(bytes, &format!("log damaged at byte {offset}"));
+        let record = LogRecord {
+            kind: LogKind::Dropped,
+            at: wall_now(),
+            data: &data,
+        };
+        record.encode(&mut marker);
+    }
+    marker
+}
+
+/// All records of a file of at most a chunk's length, if it holds nothing else.
 fn read_whole(path: &Path) -> io::Result<Option<Vec<u8>>> {
     let length = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
@@ -559,12 +605,17 @@ fn read_whole(path: &Path) -> io::Result<Option<Vec<u8>>> {
         Err(error) => return Err(error),
     };
     match length <= CHUNK_BYTES as u64 {
-        true => read_records(path, 0).map(Some),
+        true => Ok(read_records(path, 0)
+            .ok()
+            .filter(|records| records.len() as u64 == length)),
         false => Ok(None),
     }
 }
 
 /// Whole records from `offset` on, about a chunk's worth; nothing if there is no whole one.
+///
+/// # Errors
+/// What lies at `offset` cannot be the start of a record, or the file cannot be read.
 fn read_records(path: &Path, offset: u64) -> io::Result<Vec<u8>> {
     let mut file = match File::open(path) {
         Ok(file) => file,
@@ -575,14 +626,33 @@ fn read_records(path: &Path, offset: u64) -> io::Result<Vec<u8>> {
     file.seek(SeekFrom::Start(offset))?;
     let mut bytes = Vec::new();
     file.take(CHUNK_BYTES as u64).read_to_end(&mut bytes)?;
-    let whole = whole_records(&bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+    let mut whole = 0;
+    loop {
+        match LogRecord::decode(&bytes[whole..]) {
+            Ok(Some((record, length))) if is_plausible(&record) => whole += length,
+            Ok(None) => break,
+            // Those before it are not to blame.
+            Ok(Some(_)) | Err(_) if whole > 0 => break,
+            Ok(Some((record, _))) => {
+                let message = format!("a record of the time {}", record.at.0);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+            }
+            Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+        }
+    }
     bytes.truncate(whole);
     Ok(bytes)
 }
 
+/// Records have no checksum, so a damaged length makes one of what is none; that is seen by its time.
+fn is_plausible(record: &LogRecord<'_>) -> bool {
+    /// 2004 and 2248, in milliseconds since 1970.
+    const TIMES: std::ops::Range<u64> = 1 << 40..1 << 43;
+    TIMES.contains(&record.at.0)
+}
+
 #[cfg(test)]
 mod tests {
-    use trainyard_common::logrecord::{LogKind, LogRecord};
     use trainyard_common::time::Timestamp;
 
     use super::*;
@@ -594,7 +664,7 @@ mod tests {
         assert_eq!(read_records(&path, 0).unwrap(), b"");
         let mut bytes = Vec::new();
         for data in [&b"one"[..], b"two"] {
-            let (kind, at) = (LogKind::Stdout, Timestamp(1));
+            let (kind, at) = (LogKind::Stdout, Timestamp(1_760_000_000_000));
             LogRecord { kind, at, data }.encode(&mut bytes);
         }
         std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
@@ -604,6 +674,82 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(read_records(&path, one as u64).unwrap(), bytes[one..]);
         assert!(read_records(&path, 1).is_err());
+    }
+
+    /// What `perform` and `note` make of a log whose rank is gone, as the coordinator would store it.
+    fn brought(path: &Path) -> Vec<u8> {
+        let mut stored = Vec::new();
+        loop {
+            let chunk = Wanted {
+                attempt: "j1.0.1".parse().unwrap(),
+                rank: 0,
+                path: path.to_owned(),
+                offset: stored.len() as u64,
+                what: What::Read,
+                gone: true,
+            }
+            .perform();
+            match chunk.result {
+                Ok(Some(data)) if !data.is_empty() => stored.extend(data),
+                _ => {
+                    stored.extend(marker(chunk.read.offset, chunk.rest));
+                    return stored;
+                }
+            }
+        }
+    }
+
+    /// Of the text of a record a flip cannot be seen, as it has no checksum; of all else it is, and never is anything left
+    /// out without a word.
+    #[test]
+    fn a_damaged_log_is_shown_up_to_the_damage_and_says_so() {
+        let mut golden = Vec::new();
+        for (number, kind) in [LogKind::Stdout, LogKind::Stderr, LogKind::Stdout]
+            .into_iter()
+            .enumerate()
+        {
+            let data = format!("line {number} of a rank\n").into_bytes();
+            let at = Timestamp(1_760_000_000_000 + number as u64);
+            LogRecord {
+                kind,
+                at,
+                data: &data,
+            }
+            .encode(&mut golden);
+        }
+        assert_eq!(golden, include_bytes!("../golden/rank-1.log"));
+        let size = golden.len() / 3;
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("rank-0.log");
+        let records = |bytes: &[u8]| {
+            let mut found = Vec::new();
+            let mut at = 0;
+            while at < bytes.len() {
+                let (record, length) = LogRecord::decode(&bytes[at..]).unwrap().unwrap();
+                found.push((record.kind, record.data.to_vec()));
+                at += length;
+            }
+            found
+        };
+        for cut in 0..golden.len() {
+            std::fs::write(&path, &golden[..cut]).unwrap();
+            let shown = brought(&path);
+            let whole = cut / size * size;
+            assert_eq!(shown[..whole], golden[..whole]);
+            let rest = records(&shown[whole..]);
+            assert_eq!(rest.len(), usize::from(cut % size > 0), "{cut}");
+            assert!(rest.iter().all(|(kind, _)| *kind == LogKind::Dropped));
+        }
+        for bit in 0..golden.len() * 8 {
+            let mut flipped = golden.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, &flipped).unwrap();
+            let shown = records(&brought(&path));
+            let marked = shown.iter().any(|(kind, _)| *kind == LogKind::Dropped);
+            let before = bit / 8 / size;
+            assert_eq!(shown[..before], records(&golden)[..before], "bit {bit}");
+            assert!(shown.len() == 3 || marked, "bit {bit}: {shown:?}");
+        }
     }
 
     #[test]

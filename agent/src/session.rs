@@ -4,6 +4,7 @@
 //! It decides nothing about members. What it does decide: which coordinator is obeyed (never one with a lower term than
 //! one seen before), and when to try again.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,11 +32,15 @@ use trainyard_transport::client::ConnectError;
 
 use crate::backoff::Backoff;
 use crate::chain::chain;
+use crate::faults::Faults;
+use crate::last_words;
 use crate::link::Link;
 use crate::outgoing::Outgoing;
 use crate::probe::Probe;
+use crate::runtime::Runtime;
 use crate::state::{AgentState, StateError};
-use trainyard_transport::clock::wall_now;
+use trainyard_transport::clock::{BootTime, wall_now};
+use trainyard_transport::skew;
 use trainyard_transport::task::blocking;
 
 /// How long the coordinator may take to answer with everything that it wants. It reads the observed set first, and at
@@ -50,6 +55,36 @@ const HEARTBEAT_BOUNDS: (Duration, Duration) =
 const SEND_QUEUE: usize = 32;
 /// How long a goodbye may take to leave.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Heartbeats that wait for their acknowledgement and whose times are known; of older ones it changes nothing.
+const REMEMBERED_HEARTBEATS: usize = 64;
+
+/// When the heartbeats of one session were sent, or a moment before.
+#[derive(Debug, Default)]
+struct Beats {
+    last: u64,
+    sent: VecDeque<(u64, BootTime)>,
+}
+
+impl Beats {
+    /// The number of the next one, which is about to be sent.
+    fn next(&mut self) -> u64 {
+        if self.sent.len() == REMEMBERED_HEARTBEATS {
+            self.sent.pop_front();
+        }
+        self.last += 1;
+        self.sent.push_back((self.last, BootTime::now()));
+        self.last
+    }
+
+    /// When the heartbeat with this number was sent, if it was and that is still known. An acknowledgement covers all
+    /// before it.
+    fn acknowledged(&mut self, sequence: u64) -> Option<BootTime> {
+        let (_, sent) = *self.sent.iter().find(|(number, _)| *number == sequence)?;
+        self.sent.retain(|(number, _)| *number > sequence);
+        Some(sent)
+    }
+}
 
 /// What the session tells the driver.
 #[derive(Debug)]
@@ -84,11 +119,18 @@ pub(crate) struct Session {
     pub(crate) dir: PathBuf,
     pub(crate) advertise_address: Option<String>,
     pub(crate) outgoing: Arc<Outgoing>,
+    /// Is told how long the coordinator is known to hear this node.
+    pub(crate) runtime: Runtime,
     pub(crate) driver: mpsc::Sender<SessionEvent>,
     /// The agent's process is about to end.
     pub(crate) leaving: CancellationToken,
     /// Sessions that this process tried to open.
     pub(crate) openings: u64,
+    /// What an earlier process said before it crashed, until the coordinator heard it.
+    pub(crate) last_words: String,
+    /// The clock did not agree with the coordinator's when a session was last opened.
+    pub(crate) skewed: bool,
+    pub(crate) faults: Faults,
 }
 
 /// Why a session is over.
@@ -213,6 +255,9 @@ impl Session {
     fn explain(&self, error: &SessionError) -> String {
         let text = chain(error);
         let broke = matches!(error, SessionError::Connect(_) | SessionError::Broken(_));
+        if let Some(why) = skew::refused(&self.link.cert().info(), error, wall_now()) {
+            return format!("{text}; {why}");
+        }
         if broke && self.link.cert().not_after() <= wall_now() {
             return format!(
                 "{text}; this node's certificate has expired: enrol it again with `yard join`"
@@ -235,7 +280,10 @@ impl Session {
         let Open {
             open,
             desired: (members, bundles),
+            greeted,
         } = opened;
+        // Before the driver can have anything started.
+        self.runtime.renew(greeted);
         self.tell(SessionEvent::Open(members, bundles)).await?;
         tracing::info!(term = open.term.0, node = %self.link.node(), "session with the coordinator is open");
         let result = self.duplex(open, healthy).await;
@@ -285,6 +333,7 @@ impl Session {
         let mut client = AgentServiceClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE)
             .max_encoding_message_size(MAX_MESSAGE);
+        let greeted = BootTime::now();
         let answer = async {
             let messages = client.session(requests).await?.into_inner();
             let mut open = OpenSession {
@@ -295,7 +344,11 @@ impl Session {
                 renewals,
             };
             let desired = self.read_answer(&mut open).await?;
-            Ok(Open { open, desired })
+            Ok(Open {
+                open,
+                desired,
+                greeted,
+            })
         };
         timeout(ANSWER_TIMEOUT, answer)
             .await
@@ -307,7 +360,7 @@ impl Session {
             protocol_version: PROTOCOL_VERSION,
             oldest_protocol_version: OLDEST_PROTOCOL_VERSION,
             opening: self.openings,
-            capabilities: Vec::new(),
+            capabilities: self.faults.capabilities(),
             cluster: self.link.cluster().0.to_vec(),
             incarnation: self.state.incarnation().0,
             boot_id: self.state.boot_id().to_owned(),
@@ -315,6 +368,7 @@ impl Session {
             address: self.advertise_address.clone().unwrap_or_default(),
             inventory: Some(inventory.into()),
             term: self.state.term().0,
+            last_words: self.last_words.clone(),
         }
     }
 
@@ -327,6 +381,11 @@ impl Session {
             return Err(SessionError::Protocol("something else than a welcome"));
         };
         self.check_welcome(&welcome)?;
+        if !std::mem::take(&mut self.last_words).is_empty() {
+            let dir = self.dir.clone();
+            blocking(move || last_words::forget(&dir)).await;
+        }
+        self.compare_clocks(&welcome)?;
         let interval = convert::to_duration("heartbeat_interval", welcome.heartbeat_interval)?;
         let (shortest, longest) = HEARTBEAT_BOUNDS;
         open.heartbeat = interval.clamp(shortest, longest);
@@ -343,6 +402,20 @@ impl Session {
             })
             .await?;
         Ok((members, bundles))
+    }
+
+    /// Tells of clocks that disagree, once for each way that they do.
+    fn compare_clocks(&mut self, welcome: &v1::Welcome) -> Result<(), SessionError> {
+        let theirs = convert::optional_timestamp("now", welcome.now)?;
+        let skew = theirs.and_then(|theirs| skew::between(wall_now(), theirs));
+        match (&skew, self.skewed) {
+            (Some(skew), false) => tracing::warn!("{skew}"),
+            (Some(skew), true) => tracing::debug!("{skew}"),
+            (None, true) => tracing::info!("the clock agrees with the coordinator's again"),
+            (None, false) => {}
+        }
+        self.skewed = skew.is_some();
+        Ok(())
     }
 
     /// Reads one whole set in pages.
@@ -422,7 +495,7 @@ impl Session {
         let mut give_up = Instant::now() + silence;
         let mut ticks = interval(open.heartbeat);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sequence = 0;
+        let mut beats = Beats::default();
         loop {
             let waiting = !outgoing.is_empty();
             tokio::select! {
@@ -436,7 +509,12 @@ impl Session {
                     let message = message?.ok_or(SessionError::Closed)?;
                     self.check_term(&mut open, Term(message.term))?;
                     give_up = Instant::now() + silence;
-                    *healthy |= matches!(message.message, Some(Theirs::HeartbeatAck(_)));
+                    if let Some(Theirs::HeartbeatAck(ack)) = &message.message {
+                        *healthy = true;
+                        if let Some(sent) = beats.acknowledged(ack.sequence) {
+                            self.runtime.renew(sent);
+                        }
+                    }
                     self.pass_on(message.message).await?;
                 }
                 // Cancel-safe: a place that is not used is given back.
@@ -450,7 +528,7 @@ impl Session {
                 () = outgoing.pushed(), if !waiting => {}
                 // Cancel-safe: only waits.
                 _ = ticks.tick() => {
-                    sequence += 1;
+                    let sequence = beats.next();
                     // A full queue has messages that say the same: this agent lives.
                     let _ = sender.try_send(Ours::Heartbeat(v1::Heartbeat { sequence }));
                 }
@@ -480,6 +558,10 @@ impl Session {
             Some(Theirs::ForgetBundle(bundle)) => {
                 self.tell(SessionEvent::ForgetBundle(bundle.try_into()?))
                     .await
+            }
+            Some(Theirs::Fault(fault)) => {
+                self.faults.inject(fault).await;
+                Ok(())
             }
             Some(Theirs::HeartbeatAck(_)) => Ok(()),
             Some(Theirs::Resync(resync)) => Err(SessionError::Resync(resync.reason)),
@@ -516,6 +598,8 @@ impl Session {
 struct Open {
     open: OpenSession,
     desired: (Vec<DesiredMember>, Vec<DesiredBundle>),
+    /// When this agent began to greet.
+    greeted: BootTime,
 }
 
 struct OpenSession {
@@ -524,4 +608,31 @@ struct OpenSession {
     heartbeat: Duration,
     term: Term,
     renewals: tokio::sync::watch::Receiver<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_acknowledgement_dates_from_the_sending_and_counts_once() {
+        let mut beats = Beats::default();
+        let before = BootTime::now();
+        let (first, second) = (beats.next(), beats.next());
+        let third = beats.next();
+        let sent = beats.acknowledged(second).expect("is known");
+        assert!(before <= sent && sent <= BootTime::now());
+        assert_eq!(beats.acknowledged(second), None);
+        assert_eq!(
+            beats.acknowledged(first),
+            None,
+            "it is covered by a later one"
+        );
+        assert_eq!(beats.acknowledged(third + 1), None, "it was never sent");
+        for _ in 0..REMEMBERED_HEARTBEATS {
+            beats.next();
+        }
+        assert_eq!(beats.acknowledged(third), None, "its time is forgotten");
+        assert_eq!(beats.sent.len(), REMEMBERED_HEARTBEATS);
+    }
 }

@@ -4,6 +4,10 @@
 //! `agent.json` is written over in place, so that an agent starts, and obeys a new coordinator, on a full disk too.
 //! Losing it loses no member: attempts are found by their directories. A damaged one is set aside with a
 //! warning; the incarnation then starts above any real one's by taking the time.
+//!
+//! Losing the attempts is another thing: what the coordinator placed here before may have run, and nothing here tells. So
+//! the directories of attempts and bundles hold a mark that `agent.json` names, and where that is missing the agent's
+//! history begins anew (see [`History`]).
 
 mod slots;
 
@@ -33,6 +37,8 @@ pub(crate) const BUNDLES: &str = "bundles";
 pub(crate) const CACHE: &str = "cache";
 const STATE: &str = "agent.json";
 const LOCK: &str = "agent.lock";
+/// In the directories of attempts and bundles: that nothing was placed here before that is not told of there.
+pub(crate) const MARK: &str = ".history";
 /// Bytes of an `agent.json` as agents before this form wrote it; theirs had about 60.
 const MAX_OLD_STATE_BYTES: u64 = 1 << 10;
 /// How long another holder of the lock is waited for. An agent that was killed takes a moment until the kernel has taken
@@ -87,6 +93,9 @@ impl StateError {
 struct Kept {
     incarnation: Incarnation,
     term: Term,
+    /// The mark of the attempts and bundles that belong to it; 0 if it was written by an agent that made none.
+    #[serde(default)]
+    history: u64,
 }
 
 impl Kept {
@@ -103,6 +112,8 @@ pub(crate) struct AgentState {
     /// What is on disk, never more.
     kept: Kept,
     boot_id: String,
+    /// Present if the attempts of before are not here.
+    anew: Option<History>,
     /// Given back when dropped, or when the process ends in whatever way.
     _lock: File,
 }
@@ -116,13 +127,31 @@ impl AgentState {
 
     fn open_within(dir: &Path, patience: Duration) -> Result<Self, StateError> {
         make_data_dir(dir)?;
+        let places = [ATTEMPTS, BUNDLES].map(|place| dir.join(place));
+        // Looked at before they are made.
+        let found = Found::of(&places);
         make_dir(&dir.join(ATTEMPTS), 0o711)?;
         make_dir(&dir.join(BUNDLES), 0o711)?;
         make_dir(&dir.join(CACHE), 0o700)?;
         let lock = lock(dir, patience)?;
         let path = dir.join(STATE);
-        let (slots, mut kept) = load(&path)?;
+        let (slots, mut kept) = load(&path, found)?;
         kept.incarnation = kept.incarnation.next();
+        let anew = match found {
+            // Those of an agent that made no marks.
+            Found::Unmarked => kept.history != 0 && slots.is_some(),
+            Found::Marked(mark) => kept.history != 0 && kept.history != mark,
+            Found::Nothing => true,
+        };
+        kept.history = match found {
+            Found::Marked(mark) if !anew => mark,
+            _ if kept.history != 0 => kept.history,
+            _ => new_mark()?,
+        };
+        let history = History {
+            places,
+            mark: kept.history,
+        };
         let text = kept.text(&path)?;
         let slots = match slots {
             Some(mut slots) => slots.write(&text).map(|()| slots),
@@ -131,11 +160,21 @@ impl AgentState {
         let slots = slots.map_err(failed("write", &path))?;
         let boot = Path::new("/proc/sys/kernel/random/boot_id");
         let boot_id = fs::read_to_string(boot).map_err(failed("read", boot))?;
+        if !anew && !matches!(found, Found::Marked(_)) {
+            // Otherwise the next start finds no mark and begins anew, which is safe.
+            if let Err(error) = history.mark() {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot mark the directories of attempts"
+                );
+            }
+        }
         Ok(Self {
             path,
             slots,
             kept,
             boot_id: boot_id.trim().to_owned(),
+            anew: anew.then_some(history),
             _lock: lock,
         })
     }
@@ -153,6 +192,11 @@ impl AgentState {
         &self.boot_id
     }
 
+    /// If what was placed here before may have run without leaving a trace: what says that this is settled.
+    pub(crate) fn begins_anew(&mut self) -> Option<History> {
+        self.anew.take()
+    }
+
     /// Keeps a higher term, before anything is done on its word. After an error it is as if it had not been seen. It
     /// blocks.
     pub(crate) fn raise_term(&mut self, term: Term) -> Result<(), StateError> {
@@ -165,6 +209,65 @@ impl AgentState {
         }
         Ok(())
     }
+}
+
+/// What is found of the attempts and bundles of before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// One of the directories is not there.
+    Nothing,
+    /// They are, and not both have the mark.
+    Unmarked,
+    /// Both have this mark.
+    Marked(u64),
+}
+
+impl Found {
+    fn of(places: &[PathBuf]) -> Self {
+        if !places.iter().all(|place| place.is_dir()) {
+            return Self::Nothing;
+        }
+        let mark = |place: &PathBuf| -> Option<u64> {
+            let text = fs::read_to_string(place.join(MARK)).ok()?;
+            u64::from_str_radix(text.trim(), 16)
+                .ok()
+                .filter(|mark| *mark != 0)
+        };
+        let marks: Option<Vec<u64>> = places.iter().map(mark).collect();
+        match marks.as_deref() {
+            Some([first, rest @ ..]) if rest.iter().all(|mark| mark == first) => {
+                Self::Marked(*first)
+            }
+            _ => Self::Unmarked,
+        }
+    }
+}
+
+/// Where an agent without the attempts of before notes that nothing unexplained is left of them. Until then each further
+/// start begins anew too.
+#[derive(Debug, Clone)]
+pub(crate) struct History {
+    places: [PathBuf; 2],
+    mark: u64,
+}
+
+impl History {
+    /// Every attempt that was placed before is settled. It blocks.
+    pub(crate) fn mark(&self) -> Result<(), StateError> {
+        for place in &self.places {
+            let path = place.join(MARK);
+            files::write_private(&path, format!("{:016x}\n", self.mark).as_bytes())
+                .map_err(failed("write", &path))?;
+        }
+        Ok(())
+    }
+}
+
+fn new_mark() -> Result<u64, StateError> {
+    let mut bytes = [0; 8];
+    let source = Path::new("the kernel's random numbers");
+    getrandom::fill(&mut bytes).map_err(|error| failed("read", source)(io::Error::other(error)))?;
+    Ok(u64::from_ne_bytes(bytes).max(1))
 }
 
 /// Makes an agent's data directory and what is missing above it, so that jobs that run as another user can pass through.
@@ -226,10 +329,19 @@ fn lock(dir: &Path, patience: Duration) -> Result<File, StateError> {
 }
 
 /// What is kept, and the file to keep it in if there is one already.
-fn load(path: &Path) -> Result<(Option<Slots>, Kept), StateError> {
+fn load(path: &Path, found: Found) -> Result<(Option<Slots>, Kept), StateError> {
     match Slots::open(path) {
         Ok(Some((slots, text))) => {
-            if let Ok(kept) = serde_json::from_str(&text) {
+            if let Ok(mut kept) = serde_json::from_str::<Kept>(&text) {
+                if let Some(offset) = slots.damaged() {
+                    tracing::warn!(
+                        ?path,
+                        offset,
+                        "half of the agent's state is damaged, the other half may be one step older"
+                    );
+                    // That step may have been a start.
+                    kept.incarnation = kept.incarnation.next();
+                }
                 return Ok((Some(slots), kept));
             }
         }
@@ -238,20 +350,32 @@ fn load(path: &Path) -> Result<(Option<Slots>, Kept), StateError> {
                 return Ok((None, kept));
             }
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && found == Found::Nothing => {
             return Ok((None, Kept::default()));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            tracing::warn!(?path, "the agent's state is lost, starting with a new one");
+            return Ok((None, above_all()));
         }
         Err(source) => return Err(failed("read", path)(source)),
     }
     tracing::warn!(
         ?path,
+        offset = 0,
         "the agent's state is damaged, starting with a new one"
     );
     fs::rename(path, path.with_extension("json.damaged")).map_err(failed("rename", path))?;
+    Ok((None, above_all()))
+}
+
+/// What is kept in the stead of what was lost.
+fn above_all() -> Kept {
     // The coordinator takes only a growing counter for a new start, and no agent starts once a second for long.
     let incarnation = Incarnation(clock::wall_now().0 / 1000);
-    let term = Term(0);
-    Ok((None, Kept { incarnation, term }))
+    Kept {
+        incarnation,
+        ..Kept::default()
+    }
 }
 
 /// What an agent kept that wrote nothing but the JSON into the file.
@@ -428,6 +552,104 @@ mod tests {
             );
         }
         assert!(!temp.path().join("agent.json.damaged").exists());
+    }
+
+    /// Nothing is left to take for new once the coordinator has told all; before that every start says so.
+    #[test]
+    fn a_history_that_is_lost_is_noticed() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("agent");
+        let open = || AgentState::open(&dir).unwrap();
+        assert!(open().begins_anew().is_some(), "the first start of all");
+        let history = open()
+            .begins_anew()
+            .expect("nobody said that all is settled");
+        history.mark().unwrap();
+        assert!(open().begins_anew().is_none());
+        // Only what the agent keeps about itself is lost.
+        fs::remove_file(dir.join(STATE)).unwrap();
+        let mut state = open();
+        assert!(state.incarnation().0 > 1_600_000_000);
+        assert!(state.begins_anew().is_none());
+        drop(state);
+        assert!(open().begins_anew().is_none());
+        // What was in one of the two is lost, or all of it, or one directory.
+        for lost in [ATTEMPTS, BUNDLES] {
+            fs::remove_dir_all(dir.join(lost)).unwrap();
+            open().begins_anew().expect("noticed").mark().unwrap();
+            fs::remove_file(dir.join(lost).join(MARK)).unwrap();
+            open().begins_anew().expect("noticed").mark().unwrap();
+            assert!(open().begins_anew().is_none());
+        }
+        fs::remove_dir_all(&dir).unwrap();
+        assert!(open().begins_anew().is_some());
+    }
+
+    #[test]
+    fn the_attempts_of_an_agent_without_marks_are_its_history() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path();
+        for place in [ATTEMPTS, BUNDLES] {
+            fs::create_dir(dir.join(place)).unwrap();
+        }
+        let kept = "{\"incarnation\":41,\"term\":7}";
+        drop(Slots::create(&dir.join(STATE), kept).unwrap());
+        for start in [42, 43] {
+            let mut state = AgentState::open(dir).unwrap();
+            assert_eq!(state.incarnation(), Incarnation(start));
+            assert!(state.begins_anew().is_none());
+        }
+        fs::remove_dir_all(dir.join(ATTEMPTS)).unwrap();
+        assert!(AgentState::open(dir).unwrap().begins_anew().is_some());
+    }
+
+    /// Both forms in which it was ever written, and that of before, byte for byte.
+    #[test]
+    fn every_damage_of_the_golden_state_is_seen_or_changes_nothing() {
+        let golden = include_bytes!("../golden/agent-2.json");
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join(STATE);
+        let read = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let (slots, kept) = load(&path, Found::Unmarked).unwrap();
+            let damaged = slots.is_some_and(|slots| slots.damaged().is_some());
+            (kept, damaged)
+        };
+        let whole = Kept {
+            incarnation: Incarnation(42),
+            term: Term(7),
+            history: 0xabcd,
+        };
+        assert_eq!(read(golden), (whole, false));
+        let old = Kept {
+            history: 0,
+            ..whole
+        };
+        assert_eq!(read(include_bytes!("../golden/agent-1.json")), (old, false));
+        for plain in 0..golden.len() {
+            // Nothing but whole files is taken.
+            let (kept, _) = read(&golden[..plain]);
+            assert!(kept.incarnation.0 > 1_600_000_000, "cut at {plain}");
+        }
+        let text = |slot: &[u8]| slot.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+        let (first, second) = golden.split_at(4096);
+        for (start, length) in [(0, text(first) + 8), (4096, text(second) + 8)] {
+            for bit in start * 8..(start + length) * 8 {
+                let mut flipped = golden.to_vec();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                let (kept, damaged) = read(&flipped);
+                if damaged {
+                    // One step back at most, and the start that it may have been is counted.
+                    assert!(
+                        (43..=44).contains(&(kept.incarnation.0 + 1)),
+                        "{bit}: {kept:?}"
+                    );
+                    assert!([6, 7].contains(&kept.term.0), "{bit}: {kept:?}");
+                } else {
+                    assert_eq!(kept, whole, "bit {bit}");
+                }
+            }
+        }
     }
 
     #[test]

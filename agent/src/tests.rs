@@ -205,6 +205,56 @@ async fn an_end_is_told_even_if_nothing_can_be_written_down() {
 }
 
 #[tokio::test]
+async fn what_was_placed_before_the_records_were_lost_is_never_started_again() {
+    let mut world = World::joined().await;
+    let dir = world.dir();
+    for lost in ["attempts", "bundles"] {
+        std::fs::remove_dir(dir.join(lost)).unwrap();
+    }
+    let placed = member("j9.0.1", "true");
+    // A restart before the coordinator has it on record changes nothing.
+    for _ in 0..2 {
+        let agent = world.start();
+        let mut peer = world.session().await;
+        assert!(peer.observed.is_empty());
+        peer.welcome(CALM, std::slice::from_ref(&placed)).await;
+        let phases = peer.until(is_ended).await;
+        let Some(ObservedPhase::Ended(ending)) = phases.last() else {
+            panic!("{phases:?}");
+        };
+        assert_eq!(
+            (ending.cause, ending.started),
+            (EndCause::SupervisorLost, true)
+        );
+        assert!(ending.message.contains("records were lost"), "{ending:?}");
+        assert!(!dir.join("attempts/j9.0.1").exists());
+        agent.stop().await;
+    }
+    let agent = world.start();
+    let mut peer = world.session().await;
+    peer.welcome(CALM, std::slice::from_ref(&placed)).await;
+    peer.until(is_ended).await;
+    // What is placed now is new.
+    let new = member("j10.0.1", "true");
+    peer.desire(&new).await;
+    peer.until(is_ready).await;
+    peer.say(Ours::Forget(placed.attempt.into())).await;
+    let mark = dir.join("bundles/.history");
+    eventually("all is accounted for", || mark.exists()).await;
+    agent.stop().await;
+    // The next one takes what its first session names as usual.
+    let agent = world.start();
+    let mut peer = world.session().await;
+    let later = member("j11.0.1", "true");
+    peer.welcome(CALM, &[with(&new, stop()), later.clone()])
+        .await;
+    peer.until(is_ready).await;
+    peer.desire(&with(&later, stop())).await;
+    peer.until(is_ended).await;
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn attack_a_stale_coordinator_is_not_obeyed() {
     let mut world = World::joined().await;
     let agent = world.start();
@@ -373,4 +423,42 @@ async fn attack_a_token_enrols_only_with_its_secret_and_only_machines() {
     let task = world.start().task;
     let error = timeout(PATIENCE, task).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, Error::Credentials(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn the_last_words_of_a_crash_are_told_until_a_coordinator_has_heard_them() {
+    let mut world = World::joined().await;
+    let dir = world.dir();
+    let note = dir.join("last-words.txt");
+    let credentials = dir.join(CREDENTIALS);
+    let aside = dir.join("aside");
+    std::fs::rename(&credentials, &aside).unwrap();
+    let fatal = timeout(PATIENCE, world.start().task)
+        .await
+        .unwrap()
+        .unwrap();
+    let told = chain(&fatal.unwrap_err());
+    assert_eq!(std::fs::read_to_string(&note).unwrap(), told);
+    std::fs::rename(&aside, &credentials).unwrap();
+
+    let agent = world.start();
+    let peer = world.session().await;
+    assert_eq!(peer.hello.last_words, told);
+    assert!(note.exists(), "nobody answered yet");
+    drop(peer);
+    let peer = world.session().await;
+    assert_eq!(peer.hello.last_words, told);
+    peer.welcome(CALM, &[]).await;
+    let gone = async {
+        while note.exists() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, gone).await.unwrap();
+    agent.stop().await;
+    drop(peer);
+    let agent = world.start();
+    let peer = world.session().await;
+    assert_eq!(peer.hello.last_words, "");
+    agent.stop().await;
 }

@@ -19,6 +19,7 @@ use trainyard_transport::blobs::{self, BlobError};
 use trainyard_transport::client::ConnectError;
 use trainyard_transport::files;
 use trainyard_transport::pack::{PackOptions, Packed, pack};
+use trainyard_transport::sealed::{self, FileRecord};
 
 use crate::chain::chain;
 use crate::link::Link;
@@ -42,6 +43,11 @@ struct Progress {
     outputs: Option<Part>,
     #[serde(default)]
     checkpoint: Option<Part>,
+}
+
+impl FileRecord for Progress {
+    const KIND: &'static str = "upload";
+    const VERSION: u32 = 2;
 }
 
 /// What became of one directory.
@@ -229,9 +235,14 @@ fn load(dir: &AttemptDir) -> Progress {
     let path = dir.upload();
     let small = fs::metadata(&path).is_ok_and(|metadata| metadata.len() <= MAX_FILE_BYTES);
     let bytes = small.then(|| fs::read(&path).ok()).flatten();
-    bytes
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default()
+    let Some(bytes) = bytes else {
+        return Progress::default();
+    };
+    sealed::open(&bytes).unwrap_or_else(|damage| {
+        let error = damage.of(&path);
+        tracing::warn!(attempt = %dir.attempt(), %error, "what was uploaded is not known and is uploaded again");
+        Progress::default()
+    })
 }
 
 /// Writes it down if it took any effort; to find again that there is nothing to upload costs less than to wait for the
@@ -256,7 +267,7 @@ async fn save(dir: &AttemptDir, progress: Progress) {
 
 /// Without a directory there is nothing that a restart could upload again, so nothing to write down. It blocks.
 fn write(dir: &AttemptDir, progress: &Progress) -> io::Result<()> {
-    match files::write_private(&dir.upload(), &serde_json::to_vec(progress)?) {
+    match files::write_private(&dir.upload(), &sealed::seal(progress)?) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }

@@ -105,6 +105,8 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Check this machine and its connection, and say what to fix
     Doctor(JsonArgs),
+    /// Try the promises on this cluster: run small jobs, make trouble if asked to, and report what survived
+    Selftest(SelftestArgs),
     /// Print a completion script for a shell
     Completion(CompletionArgs),
 }
@@ -125,6 +127,7 @@ impl Command {
             Self::Cordon(args) | Self::Uncordon(args) => args.json,
             Self::Token(args) => args.command.wants_json(),
             Self::Up(args) => args.json,
+            Self::Selftest(args) => args.json,
             Self::Coordinator(args) => args.command.wants_json(),
             Self::Join(_)
             | Self::Login(_)
@@ -217,8 +220,20 @@ pub(crate) struct JobFlags {
     /// One task for each index, at most MAX at a time
     #[arg(long, value_name = "FIRST-LAST[%MAX]", allow_hyphen_values = true)]
     pub(crate) array: Option<String>,
-    /// When a node falls silent: replace the attempt after a while, or wait until its end is confirmed
-    #[arg(long, value_name = "replace|wait")]
+    /// When a node falls silent: replace the attempt after a while, wait until its end is confirmed, or have the node stop
+    /// it
+    ///
+    /// replace (default): nothing is ended. A new attempt starts elsewhere when the node was silent for 15 min (3 min for
+    /// more than one node), labelled as unconfirmed: the old one may still live, with directories of its own, and is
+    /// stopped when its node is back.
+    ///
+    /// wait: nothing is ended and nothing replaced until the end of the old attempt is confirmed: its node is back or was
+    /// rebooted, or an operator says `yard node confirm-lost`.
+    ///
+    /// stop: a node that has no word from the coordinator for that time ends the attempt's processes itself, and the new
+    /// attempt starts only when that is certain. So two attempts never overlap. But an outage of the coordinator, or of
+    /// the node's agent, of that length ends them, too.
+    #[arg(long, value_name = "replace|wait|stop")]
     pub(crate) on_disconnect: Option<String>,
     /// A label for people and filters
     #[arg(long, value_name = "NAME=VALUE")]
@@ -568,8 +583,12 @@ pub(crate) struct CoordinatorRunArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
     /// Address to listen on [default: 0.0.0.0:7443]
-    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    // A coordinator that is started again is told where it was before, behind what it was told first.
+    #[arg(long, value_name = "ADDRESS", value_parser = address, overrides_with = "listen")]
     pub(crate) listen: Option<std::net::SocketAddr>,
+    /// Start on a damaged state with what is whole of it and give up the rest; says what that is
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// Endpoints to write into tokens [default: what can be found out]
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<String>,
@@ -635,6 +654,48 @@ pub(crate) struct DemoArgs {
     /// Where to put what the job wrote
     #[arg(long, value_name = "DIR", default_value = "yard-demo-outputs")]
     pub(crate) to: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Jobs of others go on through all of it; submits are refused while the coordinator is away. Several faults \
+                  happen one after the other. Making trouble takes the role admin.\n\
+                  Exit codes: 0 every promise that was tried was kept; 1 one was broken; others as usual."
+)]
+pub(crate) struct SelftestArgs {
+    /// End the coordinator with SIGKILL while jobs run; it is started again
+    #[arg(long)]
+    pub(crate) kill_coordinator: bool,
+    /// End the agent of a node with SIGKILL while jobs run there; it is started again
+    /// [default: the node with the least work of others]
+    #[arg(long, value_name = "NODE", num_args = 0..=1, default_missing_value = "")]
+    pub(crate) kill_agent: Option<String>,
+    /// Cut a node off for a while in which nothing may be given up [default: likewise]
+    #[arg(long, value_name = "NODE", num_args = 0..=1, default_missing_value = "")]
+    pub(crate) partition: Option<String>,
+    /// How long the node is cut off
+    #[arg(
+        long = "for",
+        value_name = "DURATION",
+        default_value = "20s",
+        allow_hyphen_values = true
+    )]
+    pub(crate) length: String,
+    /// Also for so long that attempts on the node are given up, whoever's they are
+    #[arg(long, requires = "partition")]
+    pub(crate) beyond_lost: bool,
+    /// Short jobs to submit, for each fault again
+    #[arg(long, value_name = "N", default_value_t = 12, allow_hyphen_values = true, value_parser = whole(1, 1000))]
+    pub(crate) jobs: u32,
+    /// Keep what was fetched of the jobs, in ./yard-selftest-ID; after a broken promise it is kept in any case
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Do not ask before trouble is made
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ use trainyard_proto::v1::job_service_client::JobServiceClient;
 use trainyard_proto::v1::log_service_client::LogServiceClient;
 use trainyard_proto::v1::node_service_client::NodeServiceClient;
 use trainyard_transport::client;
+use trainyard_transport::skew;
 
 use crate::args::Global;
 use crate::context::{self, Context};
@@ -82,7 +83,8 @@ impl Connection {
 /// Whether the coordinator was not there to answer, so that the same request may be made again.
 pub(crate) fn is_away(status: &Status) -> bool {
     let refused = trainyard_transport::client::connect_error(status)
-        .is_some_and(|error| !error.is_unreachable());
+        .is_some_and(|error| !error.is_unreachable())
+        || skew::says_expired(status);
     let broken = matches!(
         status.code(),
         Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal

@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 use trainyard_common::units::{format_bytes, format_cpus, format_duration};
 use trainyard_proto::{PROTOCOL_VERSION, v1};
 
+use trainyard_transport::clock::wall_now;
+use trainyard_transport::skew::{self, TOLD_FROM};
+
 use crate::args::{Global, JsonArgs};
 use crate::context;
 use crate::failure::Failure;
@@ -306,11 +309,15 @@ async fn cluster(global: &Global, paths: &Paths) -> Vec<Check> {
     match connection.admin().who_am_i(v1::WhoAmIRequest {}).await {
         Ok(answer) => checks.extend(answered(answer.into_inner(), dialled)),
         Err(status) => {
-            checks.push(bad(
-                "connection",
-                Failure::from(status).message,
-                "your certificate may have expired or been revoked; enrol again",
-            ));
+            let info = context.credentials.client_cert().map(|cert| cert.info());
+            let skew = info
+                .ok()
+                .and_then(|info| skew::refused(&info, &status, wall_now()));
+            let remedy = "your certificate may have expired or been revoked; enrol again";
+            checks.push(match skew {
+                Some(skew) => bad("clock", skew, ""),
+                None => bad("connection", Failure::from(status).message, remedy),
+            });
             return checks;
         }
     }
@@ -357,6 +364,20 @@ fn certificate(context: &context::Context) -> Option<Check> {
     })
 }
 
+fn clock(skew: Duration) -> Check {
+    let found = format!(
+        "clock skew: {} apart from the coordinator's",
+        format_duration(skew)
+    );
+    let remedy = "set the time on both machines (chrony or systemd-timesyncd)";
+    match skew {
+        // Certificates are refused for it.
+        skew if skew > TOLD_FROM => bad("clock", found, remedy),
+        skew if skew > CLOCK_SKEW => note("clock", found, remedy),
+        _ => good("clock", "agrees with the coordinator's"),
+    }
+}
+
 fn answered(answer: v1::WhoAmIResponse, dialled: Duration) -> Vec<Check> {
     let who = match answer.identity {
         Some(v1::who_am_i_response::Identity::User(user)) => {
@@ -390,18 +411,7 @@ fn answered(answer: v1::WhoAmIResponse, dialled: Duration) -> Vec<Check> {
         .and_then(|now| jiff::Timestamp::new(now.seconds, now.nanos).ok())
     {
         let skew = jiff::Timestamp::now().duration_since(theirs).unsigned_abs();
-        checks.push(if skew > CLOCK_SKEW {
-            note(
-                "clock",
-                format!(
-                    "clock skew: {} apart from the coordinator's",
-                    format_duration(skew)
-                ),
-                "set the time on both machines (chrony or systemd-timesyncd)",
-            )
-        } else {
-            good("clock", "agrees with the coordinator's")
-        });
+        checks.push(clock(skew));
     }
     checks
 }

@@ -8,6 +8,7 @@ use serde_json::json;
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_proto::status;
 use trainyard_transport::client::ConnectError;
+use trainyard_transport::skew;
 
 use crate::output;
 
@@ -153,6 +154,12 @@ impl From<tonic::Status> for Failure {
     fn from(status: tonic::Status) -> Self {
         match trainyard_transport::client::connect_error(&status) {
             Some(error) => Self::from(error.clone()),
+            None if skew::says_expired(&status) => Self::new(
+                EXIT_REFUSED,
+                "CERTIFICATE_TIME",
+                "the coordinator holds your certificate for expired or not valid yet: either it has ended, or there is \
+                 clock skew between the two machines; `yard doctor` says which",
+            ),
             None => Self::from(status::from_status(&status)),
         }
     }

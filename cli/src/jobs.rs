@@ -11,6 +11,7 @@ use trainyard_common::units::{format_bytes, format_duration};
 use trainyard_proto::convert::InvalidField;
 use trainyard_proto::v1;
 
+use crate::absences::{self, Absence};
 use crate::args::{CancelArgs, Global, JobArgs, JobsArgs};
 use crate::connection::{self, Connection, patiently};
 use crate::failure::{EXIT_INTERNAL, Failure};
@@ -125,15 +126,33 @@ fn now() -> Timestamp {
 pub(crate) async fn show(global: &Global, args: JobArgs) -> Result<ExitCode, Failure> {
     let connection = connection::connect(global).await?;
     let detail = get(&connection, args.job).await?;
+    let absences = absences::of(&connection, &detail).await?;
     if args.json {
-        output::line(&crate::json::job_detail(&detail).to_string());
+        let mut value = crate::json::job_detail(&detail);
+        value["absent_nodes"] = absences.iter().flat_map(crate::json::absence).collect();
+        output::line(&value.to_string());
     } else {
-        show_job(&detail);
+        show_job(&detail, &absences);
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn show_job(detail: &JobDetail) {
+/// The state, and what it waits for or goes on without.
+fn state_with(detail: &JobDetail, absences: &[Absence]) -> String {
+    let state = output::state(detail.job.state.as_str());
+    match absences {
+        [] => state,
+        [only] => format!("{state} ({})", only.text(now())),
+        [first, more @ ..] => format!(
+            "{state} ({}: {}; and {} more)",
+            first.attempt,
+            first.text(now()),
+            output::count(more.len() as u64, "attempt")
+        ),
+    }
+}
+
+fn show_job(detail: &JobDetail, absences: &[Absence]) {
     let JobDetail {
         job,
         tasks: rows,
@@ -165,7 +184,7 @@ fn show_job(detail: &JobDetail) {
                 spec.name
             ),
         ),
-        ("state", output::state(job.state.as_str())),
+        ("state", state_with(detail, absences)),
         ("reason", printable(&job.reason.message)),
         (
             "owner",
@@ -319,6 +338,7 @@ pub(crate) async fn cancel(global: &Global, args: CancelArgs) -> Result<ExitCode
             if args.no_wait || record.state.is_terminal() {
                 Ok(record)
             } else {
+                tell_absences(&connection, job).await?;
                 follow::quietly(&connection, job).await
             }
         };
@@ -342,6 +362,15 @@ pub(crate) async fn cancel(global: &Global, args: CancelArgs) -> Result<ExitCode
         );
     }
     Ok(first_failure.map_or(ExitCode::SUCCESS, ExitCode::from))
+}
+
+/// Says which nodes an end waits for before it is waited for.
+async fn tell_absences(connection: &Connection, job: JobId) -> Result<(), Failure> {
+    let detail = get(connection, job).await?;
+    for absence in absences::of(connection, &detail).await? {
+        output::note(&format!("{}: {}", absence.attempt, absence.text(now())));
+    }
+    Ok(())
 }
 
 /// Asks for the end of a job; the answer is the job as it then is.

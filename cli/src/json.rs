@@ -10,6 +10,7 @@ use trainyard_common::spec::JobSpec;
 use trainyard_common::state::{ExitStatus, Reason};
 use trainyard_common::time::Timestamp;
 
+use crate::absences::{Absence, Absent};
 use crate::jobs::JobDetail;
 use crate::nodes::NodeDetail;
 use crate::tokens::TokenView;
@@ -104,6 +105,18 @@ pub(crate) fn job_detail(detail: &JobDetail) -> Value {
     value
 }
 
+/// One value for each node that an unfinished attempt has no word of.
+pub(crate) fn absence(absence: &Absence) -> Vec<Value> {
+    let value = |absent: &Absent| {
+        json!({
+            "attempt": absence.attempt,
+            "node": absent.node,
+            "unreachable_since": optional_time(absent.since),
+        })
+    };
+    absence.nodes.iter().map(value).collect()
+}
+
 fn task(task: &TaskRecord) -> Value {
     json!({
         "index": task.index,
@@ -114,6 +127,8 @@ fn task(task: &TaskRecord) -> Value {
         "attempts": task.attempts,
         "failures": task.failures,
         "infrastructure_failures": task.infrastructure_failures,
+        "early_ends": task.early_ends,
+        "nodes_taken_down": task.nodes_taken_down,
         "exit": exit(task.exit),
         "ended_at": optional_time(task.ended_at),
     })
@@ -156,6 +171,7 @@ fn member((node_rank, member): (usize, &MemberRecord)) -> Value {
         "outputs": member.outputs,
         "checkpoint": member.checkpoint,
         "warning": member.warning,
+        "cleanup": member.cleanup,
     })
 }
 
@@ -190,6 +206,7 @@ pub(crate) fn node(detail: &NodeDetail) -> Value {
         "inventory": inventory,
         "capacity": resources(&inventory.capacity),
         "free": resources(&detail.free),
+        "quarantined": resources(&detail.quarantined),
         "attempts": detail.attempts,
         "used_gpus": detail.used_gpus,
         "incarnation": incarnation,

@@ -431,6 +431,30 @@ impl LocalCluster {
         }
     }
 
+    /// Puts a process on the list in the place of one that it took over from, known by id and start. Without such a one
+    /// nothing is changed.
+    pub(crate) fn replace(&self, before: (i32, u64), now: Process) -> Result<(), Failure> {
+        if !self.processes_file().exists() {
+            return Ok(());
+        }
+        // Not waited for: a command that holds it may wait for just this process. It then starts or ends what it finds.
+        let _guard = self.lock_with(nix::fcntl::FlockArg::LockExclusiveNonblock)?;
+        let mut processes = self.processes();
+        let listed = processes
+            .coordinator
+            .iter_mut()
+            .chain(&mut processes.agents);
+        let Some(entry) = listed
+            .into_iter()
+            .find(|process| (process.pid, process.started) == before)
+        else {
+            return Ok(());
+        };
+        let role = std::mem::take(&mut entry.role);
+        *entry = Process { role, ..now };
+        self.save(&processes)
+    }
+
     fn processes_file(&self) -> PathBuf {
         self.dir.join("processes.json")
     }
@@ -451,6 +475,10 @@ impl LocalCluster {
 
     /// Only one command starts or stops a cluster at a time; another one waits.
     fn lock(&self) -> Result<nix::fcntl::Flock<fs::File>, Failure> {
+        self.lock_with(nix::fcntl::FlockArg::LockExclusive)
+    }
+
+    fn lock_with(&self, how: nix::fcntl::FlockArg) -> Result<nix::fcntl::Flock<fs::File>, Failure> {
         let path = self.dir.join("lock");
         let file = fs::File::options()
             .create(true)
@@ -458,7 +486,7 @@ impl LocalCluster {
             .mode(files::PRIVATE_FILE_MODE)
             .open(&path);
         let file = file.map_err(|error| Failure::path("open", &path, &error))?;
-        nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive)
+        nix::fcntl::Flock::lock(file, how)
             .map_err(|(_, error)| Failure::path("lock", &path, &error.into()))
     }
 }

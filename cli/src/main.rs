@@ -2,6 +2,7 @@
 //!
 //! It turns arguments into requests and answers into text; what a request means is decided elsewhere.
 
+mod absences;
 mod args;
 mod cluster;
 mod completion;
@@ -23,7 +24,9 @@ mod output;
 mod outputs;
 mod paths;
 mod processes;
+mod restart;
 mod roles;
+mod selftest;
 mod spec;
 mod state;
 mod submit;
@@ -46,6 +49,12 @@ fn main() -> ExitCode {
         && role == roles::SHIM
     {
         return roles::shim(dir.as_ref());
+    }
+    // It becomes another process.
+    if let [_, role, rest @ ..] = arguments.as_slice()
+        && role == restart::REVIVE
+    {
+        return restart::revive(rest);
     }
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
@@ -112,6 +121,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Agent(args) => roles::agent(&global, args).await,
             Command::Demo(args) => demo::demo(&global, args).await,
             Command::Doctor(args) => doctor::doctor(&global, args).await,
+            Command::Selftest(args) => Box::pin(selftest::selftest(&global, args)).await,
             Command::Completion(args) => completion::print(&args),
         }
     })

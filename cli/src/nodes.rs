@@ -7,7 +7,7 @@ use trainyard_common::ids::{AttemptRef, NodeId};
 use trainyard_common::inventory::Inventory;
 use trainyard_common::record::NodeRecord;
 use trainyard_common::resources::Resources;
-use trainyard_common::state::NodePolicy;
+use trainyard_common::state::{NodeAvailability, NodePolicy, ReasonCode};
 use trainyard_common::units::{format_bytes, format_cpus};
 use trainyard_proto::v1;
 
@@ -23,6 +23,8 @@ use crate::output::{self, printable};
 pub(crate) struct NodeDetail {
     pub(crate) node: NodeRecord,
     pub(crate) free: Resources,
+    /// Neither free nor of use: processes of members that are over outlive SIGKILL.
+    pub(crate) quarantined: Resources,
     pub(crate) attempts: Vec<AttemptRef>,
     pub(crate) used_gpus: Vec<String>,
 }
@@ -34,6 +36,8 @@ impl NodeDetail {
             free,
             attempts,
             used_gpus,
+            quarantined,
+            ..
         } = status;
         let missing = || {
             Failure::new(
@@ -45,6 +49,11 @@ impl NodeDetail {
         Ok(Self {
             node: node.ok_or_else(missing)?.try_into().map_err(unreadable)?,
             free: free.ok_or_else(missing)?.try_into().map_err(unreadable)?,
+            // An older coordinator does not tell.
+            quarantined: match quarantined {
+                Some(amounts) => amounts.try_into().map_err(unreadable)?,
+                None => Resources::default(),
+            },
             attempts: attempts
                 .into_iter()
                 .map(AttemptRef::try_from)
@@ -62,17 +71,25 @@ pub(crate) async fn all(connection: &Connection) -> Result<Vec<NodeDetail>, Fail
         .list(v1::ListNodesRequest {})
         .await?
         .into_inner();
+    of_answer(answer)
+}
+
+/// The nodes in an answer.
+pub(crate) fn of_answer(answer: v1::ListNodesResponse) -> Result<Vec<NodeDetail>, Failure> {
     answer.nodes.into_iter().map(NodeDetail::new).collect()
 }
 
 /// Lists nodes.
 pub(crate) async fn list(global: &Global, args: JsonArgs) -> Result<ExitCode, Failure> {
     let connection = connection::connect(global).await?;
-    let nodes = all(&connection).await?;
+    let answer = connection.nodes().list(v1::ListNodesRequest {}).await?;
+    let answer = answer.into_inner();
+    let brake = answer.brake.clone();
+    let nodes = of_answer(answer)?;
     if args.json {
-        output::line(
-            &json!({ "nodes": nodes.iter().map(crate::json::node).collect::<Value>() }).to_string(),
-        );
+        let listed: Value = nodes.iter().map(crate::json::node).collect();
+        let brake = (!brake.is_empty()).then_some(&brake);
+        output::line(&json!({ "nodes": listed, "brake": brake }).to_string());
     } else if nodes.is_empty() {
         output::note(
             "there are no nodes; `yard token create --node` makes a token for `yard join` on a machine",
@@ -85,6 +102,12 @@ pub(crate) async fn list(global: &Global, args: JsonArgs) -> Result<ExitCode, Fa
             ],
             rows,
         ));
+        if !brake.is_empty() {
+            output::note(&brake);
+        }
+        for detail in nodes.iter().filter(|detail| is_held_back(&detail.node)) {
+            output::note(&printable(&detail.node.reason.message));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -92,8 +115,30 @@ pub(crate) async fn list(global: &Global, args: JsonArgs) -> Result<ExitCode, Fa
 /// Availability, or the policy where that says more.
 fn state_of(node: &NodeRecord) -> &'static str {
     match node.policy {
+        NodePolicy::Active if is_suspect(node) => "SUSPECT",
+        NodePolicy::Active if is_troubled(node, ReasonCode::CleanupPending) => "QUARANTINED",
+        NodePolicy::Active if is_troubled(node, ReasonCode::AgentCrashes) => "CRASHING",
         NodePolicy::Active => node.availability.as_str(),
         policy => policy.as_str(),
+    }
+}
+
+/// READY, and gets no new work for a cause that its operator should know.
+fn is_held_back(node: &NodeRecord) -> bool {
+    let codes = [ReasonCode::CleanupPending, ReasonCode::AgentCrashes];
+    codes.into_iter().any(|code| is_troubled(node, code))
+}
+
+/// READY, and gets no new work for this cause.
+fn is_troubled(node: &NodeRecord, code: ReasonCode) -> bool {
+    node.availability == NodeAvailability::Ready && node.reason.code == code
+}
+
+/// READY, and not heard of for a while.
+pub(crate) fn is_suspect(node: &NodeRecord) -> bool {
+    match node.availability {
+        NodeAvailability::Ready => node.reason.code == ReasonCode::Suspect,
+        NodeAvailability::Unreachable | NodeAvailability::Lost => false,
     }
 }
 
@@ -239,10 +284,19 @@ async fn find(global: &Global, text: &str) -> Result<(Connection, NodeDetail), F
     Ok((connection, found.ok_or_else(missing)?))
 }
 
+/// Nothing where there is nothing.
+fn told_if_any(amounts: &Resources, told: impl Fn(&Resources) -> String) -> String {
+    match *amounts == Resources::default() {
+        true => String::new(),
+        false => told(amounts),
+    }
+}
+
 fn show(detail: &NodeDetail) {
     let NodeDetail {
         node,
         free,
+        quarantined,
         attempts,
         ..
     } = detail;
@@ -272,6 +326,7 @@ fn show(detail: &NodeDetail) {
         ("address", node.address.clone()),
         ("capacity", amounts(&inventory.capacity)),
         ("free", amounts(free)),
+        ("quarantined", told_if_any(quarantined, amounts)),
         (
             "attempts",
             attempts

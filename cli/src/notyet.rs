@@ -45,10 +45,7 @@ const FLAGS: [(&str, &[&str]); 4] = [
 ];
 
 /// Values by the flag that takes them.
-const VALUES: [(&str, &[&str]); 2] = [
-    ("--launcher", &["mpi", "jax", "tensorflow"]),
-    ("--on-disconnect", &["stop"]),
-];
+const VALUES: [(&str, &[&str]); 1] = [("--launcher", &["mpi", "jax", "tensorflow"])];
 
 /// Fields of a job file.
 const FIELDS: [&str; 5] = ["image", "priority", "preemptible", "after", "run_as"];

@@ -28,8 +28,8 @@ pub(crate) fn state(name: &str) -> String {
     let style = match name {
         "SUCCEEDED" | "READY" | "RUNNING" => GREEN,
         "FAILED" | "TIMED_OUT" | "LOST" => RED,
-        "PENDING" | "PROVISIONING" | "PREPARING" | "STOPPING" | "UNREACHABLE" | "CORDONED"
-        | "DRAINING" => YELLOW,
+        "PENDING" | "PROVISIONING" | "PREPARING" | "STOPPING" | "SUSPECT" | "UNREACHABLE"
+        | "CORDONED" | "DRAINING" => YELLOW,
         _ => Style::new(),
     };
     styled(style, name)
@@ -219,6 +219,20 @@ pub(crate) fn bytes_bar(doing: &str, total: u64) -> ProgressBar {
         bar.set_style(style);
     }
     bar.set_message(doing.to_owned());
+    bar
+}
+
+/// A line on standard error that shows that something goes on; invisible where nobody looks.
+pub(crate) fn spinner() -> ProgressBar {
+    let bar = ProgressBar::new_spinner();
+    if !io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+        return bar;
+    }
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>3} {wide_msg}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(std::time::Duration::from_millis(120));
     bar
 }
 

@@ -1,5 +1,6 @@
 //! The roles that a machine can have: coordinator, agent, and the shim that supervises a member.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ use crate::args::{
 use crate::failure::{EXIT_INVALID, EXIT_IO, EXIT_REFUSED, Failure};
 use crate::output;
 use crate::paths::Paths;
+use crate::restart;
 use crate::spec::{cpus_of_node, duration, memory_of_node};
 use crate::state;
 use crate::tokens;
@@ -44,7 +46,8 @@ pub(crate) async fn coordinator(
 }
 
 async fn run_coordinator(global: &Global, args: CoordinatorRunArgs) -> Result<ExitCode, Failure> {
-    let config = coordinator_config(global, args)?;
+    let mut config = coordinator_config(global, args)?;
+    config.restart = restart::of_this_process(own_arguments(), config.data_dir.parent());
     logging();
     let fatal =
         |error: &(dyn std::error::Error + 'static)| Failure::chain(EXIT_IO, "COORDINATOR", error);
@@ -76,6 +79,7 @@ fn coordinator_config(
     if let Some(listen) = args.listen {
         config.listen = listen;
     }
+    config.accept_loss = args.accept_loss;
     if !args.advertise.is_empty() {
         config.advertise = args
             .advertise
@@ -98,11 +102,20 @@ pub(crate) async fn agent(global: &Global, args: AgentArgs) -> Result<ExitCode, 
         config.leave_when_orphaned = Some(duration("--leave-when-orphaned", text)?);
     }
     config.embedded |= args.embedded;
+    // An agent of `yard up` lies two levels below the list of its processes.
+    let cluster = config.data_dir.parent().and_then(Path::parent);
+    config.restart = restart::of_this_process(own_arguments(), cluster);
     run_agent(config).await
+}
+
+/// What this process was started with, without the program.
+fn own_arguments() -> Vec<OsString> {
+    std::env::args_os().skip(1).collect()
 }
 
 async fn run_agent(config: trainyard_agent::Config) -> Result<ExitCode, Failure> {
     logging();
+    trainyard_agent::keep_panics(config.data_dir.clone());
     let end = told_to_end()?;
     let reason = trainyard_agent::run(config, end)
         .await
@@ -114,7 +127,8 @@ async fn run_agent(config: trainyard_agent::Config) -> Result<ExitCode, Failure>
 /// Enrols this machine and becomes its agent.
 pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<ExitCode, Failure> {
     let token = tokens::read_token(&args.source, TokenKind::Node)?;
-    let config = agent_config(global, None, &args.agent)?;
+    let mut config = agent_config(global, None, &args.agent)?;
+    config.restart = restart::of_this_process(rejoin_arguments(global, &args.agent), None);
     // Whatever would keep the agent from running is found before the token is used up.
     config
         .run_as()
@@ -137,6 +151,7 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<ExitCode, Fa
     let credentials = enrol::enrol(&token, &name)
         .await
         .map_err(|error| tokens::enrol_failure(&error))?;
+    tokens::warn_of_skew(&credentials);
     trainyard_agent::make_data_dir(&config.data_dir)
         .map_err(|error| Failure::chain(EXIT_IO, "STATE", &error))?;
     credentials
@@ -151,6 +166,37 @@ pub(crate) async fn join(global: &Global, args: JoinArgs) -> Result<ExitCode, Fa
         return Ok(ExitCode::SUCCESS);
     }
     run_agent(config).await
+}
+
+/// How the agent of a machine that has joined is started again: the token is used up.
+fn rejoin_arguments(global: &Global, flags: &AgentFlags) -> Vec<OsString> {
+    let AgentFlags {
+        state_dir,
+        advertise_address,
+        cpus,
+        memory,
+        run_as,
+        nvml_library,
+    } = flags;
+    let paths = [("--data-dir", &global.data_dir), ("--state-dir", state_dir)];
+    let texts = [
+        ("--advertise-address", advertise_address),
+        ("--cpus", cpus),
+        ("--memory", memory),
+        ("--run-as", run_as),
+        ("--nvml-library", nvml_library),
+    ];
+    let paths = paths
+        .into_iter()
+        .filter_map(|(flag, path)| Some((flag, OsString::from(path.as_ref()?))));
+    let texts = texts
+        .into_iter()
+        .filter_map(|(flag, text)| Some((flag, OsString::from(text.as_ref()?))));
+    let mut arguments: Vec<OsString> = vec!["agent".into(), "run".into()];
+    for (flag, value) in paths.chain(texts) {
+        arguments.extend([flag.into(), value]);
+    }
+    arguments
 }
 
 fn agent_config(

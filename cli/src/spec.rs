@@ -348,15 +348,10 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_and_not_ignored() {
-        for (nodes, launcher, on_disconnect) in [
-            (Some("2..8"), None, None),
-            (None, Some("mpi"), None),
-            (None, None, Some("stop")),
-        ] {
+        for (nodes, launcher) in [(Some("2..8"), None), (None, Some("mpi"))] {
             let mut given = flags(&["true"]);
             given.nodes = nodes.map(Into::into);
             given.launcher = launcher.map(Into::into);
-            given.on_disconnect = on_disconnect.map(Into::into);
             assert_eq!(spec(&given).unwrap_err().reason, "NOT_BUILT");
         }
     }

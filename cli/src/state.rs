@@ -54,7 +54,7 @@ fn print(dir: &Path, found: &Inspection) {
             output::printable(&damage.key),
             damage
                 .offset
-                .map(|at| at.to_string())
+                .map(|at| format!("{}:{at}", name(damage)))
                 .unwrap_or_else(|| "-".to_owned()),
             jobs(damage),
             output::printable(&damage.reason),
@@ -69,6 +69,12 @@ fn print(dir: &Path, found: &Inspection) {
         "{places}{more} in {}; restore a backup into a new directory with `yard coordinator restore`",
         dir.join("state.db").display()
     ));
+}
+
+/// The file that it is in.
+fn name(damage: &Damage) -> String {
+    let name = damage.file.file_name().unwrap_or_default();
+    output::printable(&name.to_string_lossy())
 }
 
 fn jobs(damage: &Damage) -> String {
@@ -92,6 +98,7 @@ fn report(dir: &Path, found: &Inspection) -> Value {
     let damage = found.damage.iter().map(|damage| {
         let jobs: Vec<String> = damage.jobs.iter().map(ToString::to_string).collect();
         json!({
+            "file": damage.file,
             "table": damage.table,
             "key": damage.key,
             "offset": damage.offset,
@@ -102,6 +109,7 @@ fn report(dir: &Path, found: &Inspection) -> Value {
     json!({
         "state": dir.join("state.db"),
         "cluster": found.cluster.to_string(),
+        "schema": found.schema,
         "term": found.term.0,
         "rows": found.rows,
         "transitions": found.transitions,
@@ -203,6 +211,8 @@ fn failure(error: &BackupError) -> Failure {
         | BackupError::Authority(_)
         | BackupError::Store(
             StoreError::Corrupt { .. }
+            | StoreError::Damaged { .. }
+            | StoreError::OtherAuthority { .. }
             | StoreError::Schema { .. }
             | StoreError::OtherCluster { .. },
         ) => (EXIT_INVALID, "DAMAGED"),

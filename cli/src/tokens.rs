@@ -11,9 +11,12 @@ use trainyard_common::record::{Role, Target, TokenGrant};
 use trainyard_common::time::Timestamp;
 use trainyard_proto::convert;
 use trainyard_proto::v1;
+use trainyard_transport::clock::wall_now;
+use trainyard_transport::credentials::Credentials;
 use trainyard_transport::endpoint::Endpoint;
 use trainyard_transport::enrol;
 use trainyard_transport::identity::Identity;
+use trainyard_transport::skew;
 use trainyard_transport::token::{JoinToken, Secret, TokenKind};
 
 use crate::args::{Global, LoginArgs, TokenArgs, TokenCommand, TokenCreateArgs, TokenSource};
@@ -310,6 +313,7 @@ pub(crate) async fn login(global: &Global, args: LoginArgs) -> Result<ExitCode, 
     let credentials = enrol::enrol(&token, "")
         .await
         .map_err(|error| enrol_failure(&error))?;
+    warn_of_skew(&credentials);
     let user = match &credentials.identity {
         Identity::User(user) => user.to_string(),
         Identity::Node(_) | Identity::Coordinator => {
@@ -337,6 +341,17 @@ pub(crate) async fn login(global: &Global, args: LoginArgs) -> Result<ExitCode, 
         endpoints.join(", ")
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Warns if this machine's clock and the coordinator's, which dated the certificate just now, disagree.
+pub(crate) fn warn_of_skew(credentials: &Credentials) {
+    let Ok(certificate) = credentials.client_cert() else {
+        return;
+    };
+    let theirs = skew::issued_at(&certificate.info());
+    if let Some(skew) = skew::between(wall_now(), theirs) {
+        output::note(&skew);
+    }
 }
 
 /// Why an enrolment failed, with its exit code.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{BundleRef, TaskIndex};
 use crate::member::{Ending, MemberSpec, Stop};
-use crate::spec::{JobSpec, Launcher};
+use crate::spec::{JobSpec, Launcher, OnDisconnect};
 use crate::time::Timestamp;
 
 /// Tasks that a node may hold ahead of its slots in one bundle. Half a second of the fastest tasks that a machine can
@@ -185,6 +185,11 @@ pub fn may_bundle(spec: &JobSpec) -> bool {
         && match spec.launcher {
             Launcher::None | Launcher::Torch => true,
             Launcher::Torchrun => false,
+        }
+        && match spec.on_disconnect {
+            OnDisconnect::Replace | OnDisconnect::Wait => true,
+            // Each has a lease of its own, which a shim of its own enforces.
+            OnDisconnect::Stop => false,
         }
 }
 

@@ -11,6 +11,7 @@ pub mod inventory;
 pub mod limits;
 pub mod logrecord;
 pub mod member;
+pub mod mutation;
 pub mod record;
 pub mod resources;
 pub mod spec;

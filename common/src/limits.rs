@@ -65,10 +65,37 @@ pub const UNREACHABLE_AFTER: Duration = Duration::from_secs(30);
 pub const LOST_AFTER: Duration = Duration::from_secs(15 * 60);
 /// The same for gangs: a rank cut off from its peers makes no progress anyhow.
 pub const LOST_AFTER_GANG: Duration = Duration::from_secs(3 * 60);
+/// How far each of two clocks may be from true time, in hundredths; a lease is waited for accordingly longer.
+pub const CLOCK_DRIFT_PERCENT: u32 = 5;
+/// What a coordinator waits beyond a lease, its drift and the grace: the kernel takes a while to end large processes, and
+/// a machine under load is late with everything.
+pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
 /// An attempt that is not ready on all nodes in this time is tried elsewhere. Covers fetching a large snapshot.
 pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Failures to prepare or nodes lost, in a row, before a job is given up as an infrastructure failure.
 pub const MAX_INFRASTRUCTURE_FAILURES: u32 = 5;
+
+/// Different nodes that may go down (lost or rebooted) with a task running there before it is not tried again.
+pub const MAX_NODES_TAKEN_DOWN: usize = 3;
+/// Attempts of a task, in a row, that may end within [`EARLY_END`] of their start before it is not tried again.
+pub const MAX_EARLY_ENDS: u32 = 5;
+/// An attempt that ends this soon after its start got nowhere.
+pub const EARLY_END: Duration = Duration::from_secs(60);
+/// An attempt that ran for so long shows that neither the task nor the cluster is broken; what was counted before it is
+/// of no account.
+pub const PROVEN_RUN: Duration = Duration::from_secs(3600);
+/// Processes that outlive SIGKILL which are told of by name. One line on a screen holds about as many.
+pub const MAX_LEFT_TOLD: usize = 8;
+/// Characters of a process's name that are told; the kernel keeps 15 bytes, and more of its own threads.
+pub const MAX_PROCESS_NAME: usize = 32;
+/// Starts of an agent without a goodbye, within [`CRASH_WINDOW`], after which its node gets no new work.
+pub const MAX_AGENT_CRASHES: usize = 3;
+/// Time in which crashes of an agent are counted together.
+pub const CRASH_WINDOW: Duration = Duration::from_secs(5 * 60);
+/// How long the node of an agent that crashes again and again gets no new work.
+pub const CRASH_PAUSE: Duration = Duration::from_secs(5 * 60);
+/// Bytes of what an agent said before it crashed that are kept and told.
+pub const MAX_LAST_WORDS: usize = 1 << 10;
 
 /// A gRPC message from an anonymous caller (a token and a certificate request).
 pub const MAX_ENROLL_MESSAGE: usize = 16 << 10;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AttemptRef, Digest, UserName, WorkspaceName};
+use crate::limits::{MAX_LEFT_TOLD, MAX_PROCESS_NAME};
 use crate::resources::Resources;
 use crate::spec::Launcher;
 use crate::state::{ExitStatus, ReasonCode};
@@ -106,6 +107,10 @@ pub struct MemberSpec {
     pub time_limit: Option<Duration>,
     /// Time between SIGTERM and SIGKILL when a rank fails or the limit passes.
     pub grace: Duration,
+    /// Under the policy `stop`: how long the ranks may live without word from the coordinator, counted from the sending
+    /// of the last heartbeat that it acknowledged. Enforced by the shim.
+    #[serde(default)]
+    pub lease: Option<Duration>,
 }
 
 impl MemberSpec {
@@ -160,11 +165,67 @@ pub enum ObservedPhase {
     },
     /// Its ranks are being ended.
     Stopping,
+    /// It is over but for processes that outlive SIGKILL: the allocation is held until none is left.
+    CleanupPending(Cleanup),
     /// Every process is gone, the allocation is free; logs, outputs and checkpoint are on their way.
     Uploading(Ending),
     /// All of it is over and uploaded.
     Ended(Ending),
 }
+
+/// A member that is over but for processes that no signal ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cleanup {
+    /// How it would end now. A rank that is still there has the status [`ExitStatus::Unknown`].
+    pub ending: Ending,
+    /// What is left, at most [`MAX_LEFT_TOLD`](crate::limits::MAX_LEFT_TOLD) of it.
+    pub left: Vec<LeftProcess>,
+    /// How many more are left.
+    pub more: u32,
+}
+
+/// A process that outlives SIGKILL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftProcess {
+    /// Its number.
+    pub pid: u32,
+    /// The kernel's letter for its state; `D` is one that no signal reaches.
+    pub state: char,
+    /// The kernel's name for it: the first 15 bytes of the program's.
+    pub name: String,
+}
+
+impl Cleanup {
+    /// `pid 812 (python3), state D; pid 813 (python3), state D and 3 more`. Names are cut and freed of control characters.
+    #[must_use]
+    pub fn told(&self) -> String {
+        let clean = |name: &str| -> String {
+            let shown = name.chars().filter(|letter| !letter.is_control());
+            shown.take(MAX_PROCESS_NAME).collect()
+        };
+        let told: Vec<String> = self
+            .left
+            .iter()
+            .take(MAX_LEFT_TOLD)
+            .map(|left| {
+                format!(
+                    "pid {} ({}), state {}",
+                    left.pid,
+                    clean(&left.name),
+                    left.state
+                )
+            })
+            .collect();
+        match (told.join("; "), self.more) {
+            (told, _) if told.is_empty() => "processes that cannot be listed".to_owned(),
+            (told, 0) => told,
+            (told, more) => format!("{told} and {more} more"),
+        }
+    }
+}
+
+/// How the message of an ending by [`EndCause::NodeRebooted`] begins that says when the node was up again.
+pub const REBOOTED_AT: &str = "rebooted at ";
 
 /// How a member ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,5 +284,46 @@ crate::state::named_enum!(
         SupervisorLost = "SUPERVISOR_LOST",
         /// The machine was rebooted.
         NodeRebooted = "NODE_REBOOTED",
+        /// The node was cut off from the coordinator for as long as the member may live without it.
+        LeaseExpired = "LEASE_EXPIRED",
     }
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_is_told_in_bounds_and_without_tricks() {
+        let mut cleanup = Cleanup {
+            ending: Ending {
+                cause: EndCause::Stopped,
+                message: String::new(),
+                started: true,
+                ranks: Vec::new(),
+                ended_at: Timestamp(0),
+                outputs: None,
+                checkpoint: None,
+                warning: String::new(),
+            },
+            left: vec![LeftProcess {
+                pid: 812,
+                state: 'D',
+                name: "python3".to_owned(),
+            }],
+            more: 0,
+        };
+        assert_eq!(cleanup.told(), "pid 812 (python3), state D");
+        cleanup.left.push(LeftProcess {
+            pid: 9,
+            state: 'R',
+            name: format!("a\u{1b}[1m{}", "x".repeat(100)),
+        });
+        cleanup.more = 3;
+        let name = format!("a[1m{}", "x".repeat(MAX_PROCESS_NAME - 4));
+        assert_eq!(
+            cleanup.told(),
+            format!("pid 812 (python3), state D; pid 9 ({name}), state R and 3 more")
+        );
+    }
+}

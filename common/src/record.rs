@@ -1,6 +1,8 @@
 //! The rows that the coordinator keeps: what is durable about clusters, jobs, tasks, attempts, nodes, tokens and users.
 //! Whatever can be derived (free amounts, queues, allocations) is not here.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::TaskSet;
@@ -100,6 +102,10 @@ pub struct TaskRecord {
     pub failures: u32,
     /// Attempts in a row that ended for a cause in the infrastructure.
     pub infrastructure_failures: u32,
+    /// Attempts in a row that ended soon after their start, whatever the cause.
+    pub early_ends: u32,
+    /// Different nodes that went down while it ran there, since an attempt of it last ran for long.
+    pub nodes_taken_down: Vec<NodeId>,
     /// How the rank that decided the last outcome ended.
     pub exit: Option<ExitStatus>,
     /// Checkpoint trees to resume from, by node rank; from the newest attempt that left one.
@@ -139,6 +145,9 @@ pub struct AttemptRecord {
     pub started_at: Option<Timestamp>,
     /// When it was over.
     pub ended_at: Option<Timestamp>,
+    /// Under the policy `stop`: how long its ranks live on a node that is cut off, as its agents were told.
+    #[serde(default)]
+    pub lease: Option<Duration>,
 }
 
 /// The ranks of an attempt on one node.
@@ -164,6 +173,8 @@ pub struct MemberRecord {
     pub checkpoint: Option<Digest>,
     /// What of its logs, outputs and checkpoint is not kept, and why; empty if all is.
     pub warning: String,
+    /// The processes that outlived SIGKILL, as last reported; empty if there were none.
+    pub cleanup: String,
 }
 
 named_enum!(

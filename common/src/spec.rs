@@ -30,6 +30,9 @@ named_enum!(
         Replace = "replace",
         /// A new attempt starts only when the end of the old one is confirmed.
         Wait = "wait",
+        /// The node itself ends the ranks when it is cut off for `lost_after`; a new attempt starts only when that is
+        /// certain.
+        Stop = "stop",
     }
 );
 

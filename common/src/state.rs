@@ -169,6 +169,8 @@ named_enum!(
         Running = "RUNNING",
         /// Its ranks are being ended.
         Stopping = "STOPPING",
+        /// It is over but for processes that outlive SIGKILL; what it was given is quarantined.
+        CleanupPending = "CLEANUP_PENDING",
         /// Every process is gone and the allocation is free; logs and outputs are being uploaded.
         Uploading = "UPLOADING",
         /// Nothing of it is left to do.
@@ -229,12 +231,21 @@ named_enum!(
         Retrying = "RETRYING",
         /// Failed too often for causes that lie in the infrastructure.
         InfrastructureGaveUp = "INFRASTRUCTURE_GAVE_UP",
+        /// Not tried again because of what its attempts did: it took several nodes down, or ended again and again soon
+        /// after its start.
+        RetryBudgetSpent = "RETRY_BUDGET_SPENT",
+        /// Processes of it outlive SIGKILL; what they were given stays quarantined until they are gone.
+        CleanupPending = "CLEANUP_PENDING",
+        /// A node's agent was started again and again without having said goodbye.
+        AgentCrashes = "AGENT_CRASHES",
         /// Some tasks of the array did not succeed.
         TasksFailed = "TASKS_FAILED",
         /// A node is in session.
         InSession = "IN_SESSION",
         /// A node is enrolled and has not been seen yet.
         Enrolled = "ENROLLED",
+        /// A node is not heard of for a while and is not unreachable yet.
+        Suspect = "SUSPECT",
         /// A node's session ended or its heartbeats stopped.
         Silent = "SILENT",
         /// An operator asked for it.
@@ -243,6 +254,8 @@ named_enum!(
         DuplicateIdentity = "DUPLICATE_IDENTITY",
         /// Logs, outputs or checkpoints are being brought in.
         Uploading = "UPLOADING",
+        /// A node was cut off for so long that it had to end the ranks itself.
+        LeaseExpired = "LEASE_EXPIRED",
     }
 );
 

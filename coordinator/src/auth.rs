@@ -96,6 +96,7 @@ const RULES: &[(&str, Rule)] = &[
     ("/trainyard.v1.AdminService/CreateToken", ADMINS),
     ("/trainyard.v1.AdminService/ListTokens", ADMINS),
     ("/trainyard.v1.AdminService/RevokeToken", ADMINS),
+    ("/trainyard.v1.AdminService/InjectFault", ADMINS),
     ("/trainyard.v1.AdminService/WhoAmI", KNOWN),
     ("/trainyard.v1.EnrollService/Enroll", ANYBODY),
     ("/trainyard.v1.EnrollService/Renew", KNOWN),

@@ -87,6 +87,7 @@ pub(crate) fn directory(data_dir: &Path) -> PathBuf {
 pub(crate) struct Certificates {
     authority: Authority,
     dir: PathBuf,
+    digest: [u8; 32],
 }
 
 impl Certificates {
@@ -128,7 +129,21 @@ impl Certificates {
                 expected: cluster,
             });
         }
-        Ok(Self { authority, dir })
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(read(&cert)?.as_bytes());
+        hasher.update(&[0]);
+        hasher.update(read(&key)?.as_bytes());
+        let digest = *hasher.finalize().as_bytes();
+        Ok(Self {
+            authority,
+            dir,
+            digest,
+        })
+    }
+
+    /// Of both files: a certificate is not checked by anybody who trusts it, so a changed one would not be noticed.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        self.digest
     }
 
     pub(crate) fn ca_pem(&self) -> &str {

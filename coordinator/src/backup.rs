@@ -16,14 +16,16 @@ use trainyard_transport::files::{create_private_dir, sync_dir, write_private};
 
 use crate::authority::{self, AuthorityError, Certificates};
 use crate::store::{
-    CLUSTER_FILE, FILE_NAME, Inspection, LOCK_FILE, SqliteStore, StateLock, Store, StoreError,
-    inspect,
+    BACKUPS, CLUSTER_FILE, FILE_NAME, Inspection, LOCK_FILE, SCHEMA_VERSION, SqliteStore,
+    StateLock, Store, StoreError, inspect, migration_backup,
 };
 
 /// What is in a backup.
 const MANIFEST: &str = "backup.json";
 /// The form of a backup that this version writes and reads.
 const FORMAT: u32 = 1;
+/// Backups from before migrations that are kept, the newest ones: an upgrade may be given up some time later.
+const KEPT_BACKUPS: usize = 3;
 /// Bytes of a manifest that are read; a real one has a few hundred.
 const MAX_MANIFEST: u64 = 64 << 10;
 /// The files of the authority.
@@ -48,8 +50,15 @@ pub struct Backup {
     pub rows: u64,
     /// Transitions.
     pub transitions: u64,
+    /// The version of its tables; 1 in backups that do not say it.
+    #[serde(default = "first_schema")]
+    pub schema: i64,
     /// Digests (BLAKE3, hexadecimal) of its files by their names.
     files: BTreeMap<String, String>,
+}
+
+fn first_schema() -> i64 {
+    1
 }
 
 /// Why there is no backup, or nothing was restored.
@@ -179,6 +188,43 @@ pub fn backup(data_dir: &Path, to: &Path) -> Result<(PathBuf, Backup), BackupErr
     Ok((place, made?))
 }
 
+/// Backs up a state of an earlier version before it is migrated, into the state directory under a name that says what it is,
+/// and removes all but the newest such backups. Nothing is done for any other state.
+pub(crate) fn before_migration(data_dir: &Path, now: Timestamp) -> Result<(), BackupError> {
+    let file = data_dir.join(FILE_NAME);
+    if !fs::metadata(&file).is_ok_and(|found| found.len() > 0) {
+        return Ok(());
+    }
+    // Whatever is wrong with it is told by the start itself, which looks before it opens the database.
+    if inspect::has_damaged_log(&file) {
+        return Ok(());
+    }
+    let Ok(found @ ..SCHEMA_VERSION) = inspect::version(&file) else {
+        return Ok(());
+    };
+    let backups = data_dir.join(BACKUPS);
+    create_private_dir(&backups).map_err(failed("make", &backups))?;
+    let (place, made) = backup(data_dir, &backups.join(format!("schema-{found}-{}", now.0)))?;
+    tracing::info!(
+        backup = %place.display(),
+        schema = found,
+        sequence = made.sequence.0,
+        "the state was backed up before its migration"
+    );
+    let mut kept: Vec<_> = fs::read_dir(&backups)
+        .map_err(failed("read", &backups))?
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            Some((migration_backup(&path)?.1, path))
+        })
+        .collect();
+    kept.sort();
+    for (_, old) in kept.iter().rev().skip(KEPT_BACKUPS) {
+        fs::remove_dir_all(old).map_err(failed("remove", old))?;
+    }
+    Ok(())
+}
+
 fn tempfile_beside(parent: &Path, place: &Path) -> Result<PathBuf, BackupError> {
     let name = place.file_name().unwrap_or_default().to_string_lossy();
     let partial = parent.join(format!(".{name}.{}.partial", std::process::id()));
@@ -219,6 +265,7 @@ fn fill(
         sequence: found.sequence,
         rows: found.rows,
         transitions: found.transitions,
+        schema: found.schema,
         files: digests.collect::<Result<_, BackupError>>()?,
     };
     let path = partial.join(MANIFEST);

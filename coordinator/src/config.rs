@@ -13,6 +13,7 @@ use trainyard_common::ids::UserName;
 use trainyard_common::limits;
 use trainyard_common::units::{format_duration, parse_duration};
 use trainyard_transport::endpoint::{DEFAULT_PORT, Endpoint};
+use trainyard_transport::restart::Restart;
 use trainyard_transport::token::MAX_ENDPOINTS;
 
 /// Bytes of a configuration file that are read; a real one has a few hundred.
@@ -38,6 +39,10 @@ pub struct Config {
     pub idle_exit: Option<Duration>,
     /// After how long silence means what.
     pub timing: Timing,
+    /// Start with what is whole of a damaged state and give up the rest; not in the file. Default: refuse.
+    pub accept_loss: bool,
+    /// Who starts this process again if a self test kills it; not in the file. Default: nobody, so none may.
+    pub restart: Restart,
 }
 
 /// Times that the coordinator decides by.
@@ -51,8 +56,13 @@ pub struct Timing {
     pub lost_after: Duration,
     /// The same for gangs. Default 3 min.
     pub lost_after_gang: Duration,
+    /// What is waited beyond a lease before an attempt with the policy `stop` is given up: for the kernel to end what it
+    /// has killed. Default 30 s.
+    pub lease_margin: Duration,
     /// Time in which an attempt must be ready on all its nodes. Default 15 min.
     pub prepare_timeout: Duration,
+    /// How long the node of an agent that crashes again and again gets no new work; zero is not at all. Default 5 min.
+    pub crash_pause: Duration,
 }
 
 impl Default for Timing {
@@ -62,7 +72,9 @@ impl Default for Timing {
             unreachable_after: limits::UNREACHABLE_AFTER,
             lost_after: limits::LOST_AFTER,
             lost_after_gang: limits::LOST_AFTER_GANG,
+            lease_margin: limits::LEASE_MARGIN,
             prepare_timeout: limits::PREPARE_TIMEOUT,
+            crash_pause: limits::CRASH_PAUSE,
         }
     }
 }
@@ -108,6 +120,8 @@ impl Config {
             admin: None,
             idle_exit: None,
             timing: Timing::default(),
+            accept_loss: false,
+            restart: Restart::Nobody("it is part of another process".to_owned()),
         }
     }
 
@@ -162,7 +176,11 @@ impl Timing {
         in_range("timing.unreachable_after", self.unreachable_after)?;
         in_range("timing.lost_after", self.lost_after)?;
         in_range("timing.lost_after_gang", self.lost_after_gang)?;
+        in_range("timing.lease_margin", self.lease_margin)?;
         in_range("timing.prepare_timeout", self.prepare_timeout)?;
+        if !self.crash_pause.is_zero() {
+            in_range("timing.crash_pause", self.crash_pause)?;
+        }
         at_least(
             "timing.unreachable_after",
             self.unreachable_after,
@@ -240,7 +258,9 @@ struct FileTiming {
     unreachable_after: Option<String>,
     lost_after: Option<String>,
     lost_after_gang: Option<String>,
+    lease_margin: Option<String>,
     prepare_timeout: Option<String>,
+    crash_pause: Option<String>,
 }
 
 impl File {
@@ -285,11 +305,17 @@ impl FileTiming {
                 self.lost_after_gang,
                 default.lost_after_gang,
             )?,
+            lease_margin: read(
+                "timing.lease_margin",
+                self.lease_margin,
+                default.lease_margin,
+            )?,
             prepare_timeout: read(
                 "timing.prepare_timeout",
                 self.prepare_timeout,
                 default.prepare_timeout,
             )?,
+            crash_pause: read("timing.crash_pause", self.crash_pause, default.crash_pause)?,
         })
     }
 }
@@ -313,7 +339,7 @@ mod tests {
     fn a_file_overrides_the_defaults() {
         let config = load(
             "data_dir = '/var/lib/trainyard'\nlisten = '127.0.0.1:0'\nadvertise = ['head.example.org']\n\
-             admin = 'anna'\nidle_exit = '10m'\n[timing]\nlost_after = '1h'\n",
+             admin = 'anna'\nidle_exit = '10m'\n[timing]\nlost_after = '1h'\ncrash_pause = '0s'\n",
         )
         .unwrap();
         let expected = Config {
@@ -323,6 +349,7 @@ mod tests {
             idle_exit: Some(Duration::from_secs(600)),
             timing: Timing {
                 lost_after: Duration::from_secs(3600),
+                crash_pause: Duration::ZERO,
                 ..Timing::default()
             },
             ..Config::new("/var/lib/trainyard")
@@ -354,6 +381,10 @@ mod tests {
             (
                 "data_dir = 'x'\n[timing]\nprepare_timeout = '1000d'",
                 "timing.prepare_timeout",
+            ),
+            (
+                "data_dir = 'x'\n[timing]\ncrash_pause = '31d'",
+                "timing.crash_pause",
             ),
         ] {
             let error = load(text).unwrap_err().to_string();

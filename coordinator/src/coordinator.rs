@@ -26,20 +26,22 @@ use trainyard_transport::endpoint::Endpoint;
 use trainyard_transport::files;
 use trainyard_transport::identity::Identity;
 use trainyard_transport::pki::{KeyPairPem, PkiError};
+use trainyard_transport::restart::Restart;
 use trainyard_transport::server::{ServerLimits, ServerTls, incoming};
 
 use crate::auth::{Activity, AuthLayer, Gate};
 use crate::authority::{self, AuthorityError, Certificates};
+use crate::backup::{self, BackupError};
 use crate::blobs::BlobStore;
 use crate::config::{Config, ConfigError};
 use crate::disk::DiskGuard;
 use crate::driver::{self, Driver, FatalError, Parts};
-use crate::grpc::{FailureLimit, MAX_FOLLOWERS, Shared};
+use crate::grpc::{FailureLimit, FaultLines, MAX_FOLLOWERS, Shared};
 use crate::logs::LogStore;
 use crate::presence::{self, Presence};
 use crate::read_model::ReadModel;
 use crate::server;
-use crate::store::{Loaded, SqliteStore, StateLock, Store, StoreError};
+use crate::store::{self, Loaded, SqliteStore, StateLock, Store, StoreError};
 use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
 
@@ -62,6 +64,9 @@ pub enum StartError {
     /// There are no certificates.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
+    /// A state of an earlier version could not be backed up before its migration.
+    #[error("the state is of an earlier version and could not be backed up before its migration")]
+    Backup(#[from] BackupError),
     /// The port cannot be opened.
     #[error("cannot listen at {listen} (is another coordinator running there?)")]
     Listen {
@@ -148,9 +153,9 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
     config.validate()?;
     let clock = Clock::start();
     let opened = {
-        let data_dir = config.data_dir.clone();
+        let (data_dir, accept) = (config.data_dir.clone(), config.accept_loss);
         let retention = CoreConfig::default().request_id_retention;
-        blocking(move || open(&data_dir, clock.now(), retention)).await?
+        blocking(move || open(&data_dir, accept, clock.now(), retention)).await?
     };
     let listen = config.listen;
     let listener = TcpListener::bind(listen)
@@ -163,21 +168,26 @@ pub async fn start(config: Config) -> Result<Coordinator, StartError> {
     Box::pin(assemble(config, clock, opened, listener, local_addr)).await
 }
 
-fn open(data_dir: &Path, now: Timestamp, retention: Duration) -> Result<Opened, StartError> {
+fn open(
+    data_dir: &Path,
+    accept: bool,
+    now: Timestamp,
+    retention: Duration,
+) -> Result<Opened, StartError> {
     files::create_private_dir(data_dir).map_err(file_error(data_dir))?;
     let lock = StateLock::acquire(data_dir, now)?;
-    let store: Arc<dyn Store> = Arc::new(SqliteStore::open(
-        data_dir,
-        &authority::directory(data_dir),
-        now,
-    )?);
-    let term = store.lead()?;
-    let loaded = store.load(
-        now,
-        Timestamp(now.0.saturating_sub(retention.as_millis() as u64)),
-    )?;
+    backup::before_migration(data_dir, now)?;
+    let since = Timestamp(now.0.saturating_sub(retention.as_millis() as u64));
+    let (store, term, loaded) = match open_state(data_dir, now, since) {
+        Err(error) if accept && error.is_damage() => {
+            give_up(data_dir, &error, now)?;
+            open_state(data_dir, now, since)?
+        }
+        other => other?,
+    };
     let new = loaded.sequence == Sequence(0);
     let certificates = Certificates::open(data_dir, store.cluster(), new, now)?;
+    store.pin_authority(certificates.digest())?;
     let logs_dir = data_dir.join("logs");
     let logs = LogStore::open(logs_dir.clone()).map_err(file_error(&logs_dir))?;
     let blobs_dir = data_dir.join("blobs");
@@ -191,6 +201,35 @@ fn open(data_dir: &Path, now: Timestamp, retention: Duration) -> Result<Opened, 
         logs,
         blobs,
     })
+}
+
+/// Nothing is written before everything that a start needs was read and found whole.
+fn open_state(
+    data_dir: &Path,
+    now: Timestamp,
+    since: Timestamp,
+) -> Result<(Arc<dyn Store>, Term, Loaded), StoreError> {
+    let open = || -> Result<_, StoreError> {
+        let store = SqliteStore::open(data_dir, &authority::directory(data_dir), now)?;
+        let loaded = store.load(now, since)?;
+        let term = store.lead()?;
+        Ok((Arc::new(store) as Arc<dyn Store>, term, loaded))
+    };
+    open().map_err(|error| store::explain(data_dir, error))
+}
+
+/// Gives up what is damaged, because the operator has said so, and says what that is.
+fn give_up(data_dir: &Path, error: &StoreError, now: Timestamp) -> Result<(), StoreError> {
+    let accepted = store::accept_loss(data_dir, error, now)?;
+    // Errors, so that they are seen and kept whatever is left out of the log otherwise.
+    for told in &accepted.told {
+        tracing::error!(accepted = told, "a loss was accepted");
+    }
+    tracing::error!(
+        kept = %accepted.kept.display(),
+        "the damaged files are kept; nothing is placed until the nodes have said what they run"
+    );
+    Ok(())
 }
 
 fn file_error<E: std::error::Error + Send + Sync + 'static>(
@@ -209,7 +248,9 @@ fn core_config(config: &Config) -> CoreConfig {
         unreachable_after: timing.unreachable_after,
         lost_after: timing.lost_after,
         lost_after_gang: timing.lost_after_gang,
+        lease_margin: timing.lease_margin,
         prepare_timeout: timing.prepare_timeout,
+        crash_pause: timing.crash_pause,
         ..CoreConfig::default()
     }
 }
@@ -275,6 +316,8 @@ async fn assemble(
         stop: CancellationToken::new(),
         followers: Arc::new(Semaphore::new(MAX_FOLLOWERS)),
         failures: FailureLimit::default(),
+        restart: restart_at(&config, local_addr),
+        faults: FaultLines::default(),
     });
     let gate = AuthLayer::new(Gate::new(read, clock, activity.clone()));
     let renewal = AbortOnDrop(spawn("renewal", renew(shared.clone(), tls.clone(), names)));
@@ -308,6 +351,17 @@ async fn assemble(
         ended: false,
         _lock: lock,
     })
+}
+
+/// Who starts it again. At a free port that was found it must listen again: agents and users look for it there.
+fn restart_at(config: &Config, local_addr: SocketAddr) -> Restart {
+    match config.restart.clone() {
+        Restart::Helper(mut command) if config.listen.port() == 0 => {
+            command.extend(["--listen".into(), local_addr.to_string().into()]);
+            Restart::Helper(command)
+        }
+        other => other,
+    }
 }
 
 fn server_names(endpoints: &[Endpoint]) -> Vec<String> {

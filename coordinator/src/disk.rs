@@ -6,6 +6,8 @@ use nix::sys::statvfs::statvfs;
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::units::format_bytes;
 
+use crate::store::Store;
+
 /// New jobs are refused below this: ends, cancels and heartbeats of the jobs that there are still fit.
 pub(crate) const RESERVE_FOR_STATE: u64 = 64 << 20;
 /// Blobs and output are refused below this, before new jobs are.
@@ -44,6 +46,28 @@ impl DiskGuard {
             ),
         ))
     }
+
+    /// Refuses while the state goes on from its reserve: a quota that is used up shows in no free bytes.
+    pub(crate) fn check_reserve(&self, store: &dyn Store) -> Result<(), Refusal> {
+        if store.lives_on_reserve() {
+            return Err(on_reserve(&self.path));
+        }
+        Ok(())
+    }
+}
+
+/// The refusal while the state goes on from its reserve.
+fn on_reserve(path: &Path) -> Refusal {
+    Refusal::new(
+        ErrorCode::Exhausted,
+        "DISK_FULL",
+        format!(
+            "the coordinator's disk or its quota is used up at {} and the state goes on from its reserve, though {} are free; \
+             make room there",
+            path.display(),
+            format_bytes(free_bytes(path).unwrap_or_default())
+        ),
+    )
 }
 
 /// Bytes that an unprivileged process may still use.

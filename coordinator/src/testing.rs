@@ -58,6 +58,8 @@ pub(crate) fn task(job: u64, index: u32, state: JobState) -> TaskRecord {
         attempts: 1,
         failures: 0,
         infrastructure_failures: 0,
+        early_ends: 0,
+        nodes_taken_down: Vec::new(),
         exit: None,
         checkpoints: Vec::new(),
         ended_at: None,
@@ -80,6 +82,7 @@ pub(crate) fn attempt(id: &str, state: AttemptState) -> AttemptRecord {
         ready_at: None,
         started_at: None,
         ended_at: None,
+        lease: None,
     }
 }
 

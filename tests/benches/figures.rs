@@ -6,20 +6,18 @@
 //! the one of this tree; the directory is made in `TMPDIR`.
 #![expect(
     clippy::print_stdout,
-    clippy::print_stderr,
     reason = "a program whose purpose is to print a table"
 )]
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::time::ClockId;
 use nix::unistd::Pid;
-use serde_json::Value;
-use tempfile::TempDir;
-use trainyard_tests::{repository, until};
+use trainyard_tests::bench::{self, Cluster, Goal, Table, let_pass, milliseconds, output, printed};
+use trainyard_tests::until;
 
 /// Repetitions of everything of which the median is shown.
 const REPEATS: usize = 40;
@@ -41,9 +39,9 @@ const IDLE: Duration = Duration::from_secs(10);
 const SLEEP_SECONDS: &str = "86431";
 
 fn main() {
-    let yard = binary();
+    let yard = bench::binary();
     let tasks = tasks();
-    println!("{}", machine());
+    println!("{}", bench::machine());
     println!("binary: {}\n", yard.display());
     let cluster = Cluster::up(yard);
     let mut table = Table::default();
@@ -57,28 +55,6 @@ fn main() {
     table.print();
 }
 
-/// The binary to measure, built if need be.
-fn binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("YARD_BENCH_BINARY") {
-        return path.into();
-    }
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
-        .args(["build", "--release", "--locked", "--package", "trainyard"])
-        .args(["--message-format", "json-render-diagnostics"])
-        .current_dir(repository())
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("cargo can be started");
-    assert!(built.status.success(), "yard does not build");
-    let lines = String::from_utf8(built.stdout).expect("cargo speaks UTF-8");
-    let executable = lines.lines().rev().find_map(|line| {
-        let message: Value = serde_json::from_str(line).ok()?;
-        message.get("executable")?.as_str().map(PathBuf::from)
-    });
-    executable.expect("cargo says where it put yard")
-}
-
 fn tasks() -> u32 {
     let Some(text) = std::env::var_os("FIGURES_TASKS") else {
         return TASKS;
@@ -87,97 +63,6 @@ fn tasks() -> u32 {
     let number = number.expect("FIGURES_TASKS is a number");
     assert!(number > 0, "FIGURES_TASKS is at least 1");
     number
-}
-
-/// One line about the machine.
-fn machine() -> String {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("CPU of an unknown model", |(_, model)| model);
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    // What else ran shortly before, as that makes every figure worse.
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').next().unwrap_or_default();
-    let kernel = kernel.trim();
-    format!("machine: {cores} cores of {model}, Linux {kernel}, load {load} before the start")
-}
-
-// ---- the cluster ------------------------------------------------------------------------------------------------
-
-/// A local cluster of one node, which is stopped at the end.
-struct Cluster {
-    yard: PathBuf,
-    home: TempDir,
-}
-
-impl Cluster {
-    fn up(yard: PathBuf) -> Self {
-        let home = tempfile::Builder::new()
-            .prefix("yard-figures-")
-            .tempdir()
-            .expect("a temporary directory can be made");
-        let cluster = Self { yard, home };
-        let _ = cluster.yard(&["up", "--listen", "127.0.0.1:0"]);
-        cluster
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.yard);
-        command
-            .args(arguments)
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", self.home.path())
-            .env("YARD_DATA_DIR", self.home.path().join("data"))
-            .env("YARD_CONFIG_DIR", self.home.path().join("config"))
-            .stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a command, which must succeed; what it wrote to its standard output, trimmed.
-    fn yard(&self, arguments: &[&str]) -> String {
-        printed(arguments, &output(&mut self.command(arguments)))
-    }
-
-    /// The coordinator's and the agent's process.
-    fn processes(&self) -> [(&'static str, Pid); 2] {
-        let path = self.home.path().join("data/local/processes.json");
-        let text = fs::read(path).expect("up has written its processes");
-        let value: Value = serde_json::from_slice(&text).expect("they are JSON");
-        let pid = |process: &Value| {
-            let pid = process["pid"].as_i64().and_then(|pid| pid.try_into().ok());
-            Pid::from_raw(pid.expect("a process has an id"))
-        };
-        [
-            ("coordinator", pid(&value["coordinator"])),
-            ("agent", pid(&value["agents"][0])),
-        ]
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        let stopped = self.command(&["down", "--force"]).output();
-        if !stopped.is_ok_and(|output| output.status.success()) {
-            eprintln!("the cluster could not be stopped");
-        }
-    }
-}
-
-fn output(command: &mut Command) -> Output {
-    command.output().expect("a command can be started")
-}
-
-fn printed(arguments: &[&str], output: &Output) -> String {
-    assert!(
-        output.status.success(),
-        "{arguments:?} failed: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 // ---- latencies --------------------------------------------------------------------------------------------------
@@ -239,13 +124,7 @@ fn median(mut measure: impl FnMut() -> f64) -> f64 {
     for _ in 0..WARM_UP {
         let _ = measure();
     }
-    let mut values: Vec<f64> = (0..REPEATS).map(|_| measure()).collect();
-    values.sort_by(f64::total_cmp);
-    f64::midpoint(values[(REPEATS - 1) / 2], values[REPEATS / 2])
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+    bench::median((0..REPEATS).map(|_| measure()).collect())
 }
 
 fn since_epoch() -> Duration {
@@ -269,7 +148,7 @@ fn raw(cluster: &Cluster, table: &mut Table) -> f64 {
     table.add("raw: spawn and wait `true`, p50", time, "ms", Goal::None);
 
     let mut rates: Vec<f64> = (0..RAW_ROUNDS)
-        .map(|round| raw_round(&cluster.home.path().join(format!("raw-{round}"))))
+        .map(|round| raw_round(&cluster.home().join(format!("raw-{round}"))))
         .collect();
     rates.sort_by(f64::total_cmp);
     let rate = rates[RAW_ROUNDS / 2];
@@ -390,7 +269,7 @@ fn stat(pid: Pid, field: usize) -> u64 {
 /// Memory and CPU use of everything while one task sleeps.
 fn idle(cluster: &Cluster, table: &mut Table, when: &str) {
     let job = cluster.yard(&["submit", "--no-dir", "--", "/bin/sleep", SLEEP_SECONDS]);
-    let shim = until("the task sleeps", || shim(cluster.home.path()));
+    let shim = until("the task sleeps", || shim(cluster.home()));
     let [coordinator, agent] = cluster.processes();
     let parts = [
         (coordinator, 25.0),
@@ -439,63 +318,4 @@ fn megabytes(pid: Pid, line: &str) -> f64 {
         kibibytes.trim().parse::<f64>().ok()
     });
     value.expect("the kernel writes kibibytes") * 1024.0 / 1e6
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "what is measured is what happens in a span of time in which nothing is asked for"
-)]
-fn let_pass(time: Duration) {
-    std::thread::sleep(time);
-}
-
-// ---- the table --------------------------------------------------------------------------------------------------
-
-/// What a figure should be.
-#[derive(Clone, Copy)]
-enum Goal {
-    None,
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-/// Rows of figure, measured, goal, and whether it was met.
-#[derive(Default)]
-struct Table {
-    rows: Vec<[String; 4]>,
-}
-
-impl Table {
-    fn add(&mut self, figure: &str, value: f64, unit: &str, goal: Goal) {
-        // Three digits are as many as such a measurement bears.
-        let digits = match value.abs() {
-            value if value >= 100.0 => 0,
-            value if value >= 10.0 => 1,
-            value if value >= 0.1 => 2,
-            _ => 3,
-        };
-        let measured = format!("{value:.digits$} {unit}").trim().to_owned();
-        eprintln!("{figure}: {measured}");
-        let (goal, met) = match goal {
-            Goal::None => (String::new(), None),
-            Goal::AtMost(most) => (format!("at most {most}"), Some(value <= most)),
-            Goal::AtLeast(least) => (format!("at least {least}"), Some(value >= least)),
-        };
-        let verdict = met.map_or("", |met| if met { "met" } else { "missed" });
-        let row = [figure.to_owned(), measured, goal, verdict.to_owned()];
-        self.rows.push(row);
-    }
-
-    fn print(&self) {
-        let head = ["figure", "measured", "goal", ""].map(str::to_owned);
-        let rule = ["---"; 4].map(str::to_owned);
-        let lines = || [&head, &rule].into_iter().chain(&self.rows);
-        let width = |column: usize| lines().map(|row| row[column].len()).max().unwrap_or(0);
-        let widths = [0, 1, 2, 3].map(width);
-        for row in lines() {
-            let cells = row.iter().zip(widths);
-            let cells: Vec<_> = cells.map(|(cell, w)| format!("{cell:w$}")).collect();
-            println!("| {} |", cells.join(" | "));
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! What end-to-end tests share: the real `yard` binary, a cluster of it in a directory of its own, and waiting for
 //! conditions. Nothing here reaches into a component; everything goes through the command line, as a user would.
 
+pub mod bench;
 pub mod chaos;
 pub mod sim;
 
@@ -44,29 +45,27 @@ pub fn repository() -> PathBuf {
 /// The `yard` binary of this tree, built if need be.
 pub fn yard_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args([
-                "build",
-                "--locked",
-                "--package",
-                "trainyard",
-                "--message-format",
-                "json-render-diagnostics",
-            ])
-            .current_dir(repository())
-            .stderr(Stdio::inherit())
-            .output()
-            .expect("cargo can be started");
-        assert!(built.status.success(), "yard does not build");
-        let lines = String::from_utf8(built.stdout).expect("cargo speaks UTF-8");
-        let executable = lines.lines().rev().find_map(|line| {
-            let message: Value = serde_json::from_str(line).ok()?;
-            message.get("executable")?.as_str().map(PathBuf::from)
-        });
-        executable.expect("cargo says where it put yard")
-    })
+    BINARY.get_or_init(|| build(&[]))
+}
+
+/// Builds `yard` with these flags of cargo; where it is.
+fn build(flags: &[&str]) -> PathBuf {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let built = Command::new(cargo)
+        .args(["build", "--locked", "--package", "trainyard"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .args(flags)
+        .current_dir(repository())
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("cargo can be started");
+    assert!(built.status.success(), "yard does not build");
+    let lines = String::from_utf8(built.stdout).expect("cargo speaks UTF-8");
+    let executable = lines.lines().rev().find_map(|line| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        message.get("executable")?.as_str().map(PathBuf::from)
+    });
+    executable.expect("cargo says where it put yard")
 }
 
 /// A user's machine: directories of its own, so that nothing of the real user is read or written.
@@ -75,6 +74,8 @@ pub struct Machine {
     home: TempDir,
     /// A program and its arguments that commands of this machine are started through.
     inside: Vec<String>,
+    /// Another `yard` than that of this tree.
+    program: Option<PathBuf>,
 }
 
 /// What a command printed and how it ended.
@@ -141,7 +142,19 @@ impl Machine {
         Self {
             home,
             inside: Vec::new(),
+            program: None,
         }
+    }
+
+    /// From now on commands of this machine are those of this `yard`.
+    pub fn install(&mut self, program: &Path) {
+        self.program = Some(program.to_owned());
+    }
+
+    /// The `yard` of this machine.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        self.program.as_deref().unwrap_or_else(|| yard_binary())
     }
 
     /// A fresh one whose commands run in a network namespace.
@@ -179,7 +192,7 @@ impl Machine {
             .inside
             .iter()
             .map(OsStr::new)
-            .chain([yard_binary().as_os_str()]);
+            .chain([self.program().as_os_str()]);
         let mut command = Command::new(words.next().expect("there is the binary at least"));
         command
             .args(words)
@@ -335,12 +348,17 @@ pub fn until_within<T>(limit: Duration, what: &str, mut condition: impl FnMut() 
     }
 }
 
+fn pause() {
+    pass(Duration::from_millis(30));
+}
+
+/// Lets time pass, for tests of what happens after a random time; all others wait for a condition.
 #[expect(
     clippy::disallowed_methods,
-    reason = "this is the one place where a condition is polled"
+    reason = "this is the one place where time passes"
 )]
-fn pause() {
-    std::thread::sleep(Duration::from_millis(30));
+pub fn pass(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// A `yard` command that runs beside the test and whose output can be read as it comes.

@@ -8,7 +8,8 @@ use trainyard_tests::chaos::{self, Options, WANTED};
 #[test]
 fn every_promise_is_kept_under_real_force() {
     if std::env::var_os(WANTED).is_none() {
-        // It takes minutes, so `.ci/long` runs it and not `.ci/run`. Said past the capture of a passing test's output.
+        // It takes minutes and wants the machine for itself, so it is a step of its own in `.ci/run`. Said past the capture
+        // of a passing test's output.
         let _ = writeln!(
             std::io::stderr(),
             "skipped: the chaos run takes minutes: set {WANTED}=1"

@@ -66,8 +66,8 @@ fn wrong_use_ends_with_64_and_names_the_flag() {
         ),
         (vec!["run", "--preemptible", "--", "true"], "--preemptible"),
         (
-            vec!["run", "--on-disconnect", "stop", "--", "true"],
-            "--on-disconnect stop",
+            vec!["run", "--on-disconnect", "pause", "--", "true"],
+            "--on-disconnect",
         ),
         (vec!["run", "--array", "9-", "--", "true"], "--array"),
         (

@@ -11,7 +11,7 @@ use trainyard_tests::repository;
 const MAX_LINES: usize = 900;
 
 /// Who may depend on whom within the workspace. Development dependencies count, too.
-const MAY_DEPEND: [(&str, &[&str]); 10] = [
+const MAY_DEPEND: [(&str, &[&str]); 11] = [
     ("trainyard-common", &[]),
     ("trainyard-coordinator-core", &["trainyard-common"]),
     ("trainyard-agent-core", &["trainyard-common"]),
@@ -21,6 +21,7 @@ const MAY_DEPEND: [(&str, &[&str]); 10] = [
         &["trainyard-common", "trainyard-proto"],
     ),
     ("trainyard-fake-nvml", &[]),
+    ("trainyard-faulty-disk", &[]),
     (
         "trainyard-coordinator",
         &[
@@ -147,6 +148,37 @@ fn every_crate_takes_lints_and_version_from_the_workspace() {
             "{} has a version of its own",
             manifest.display()
         );
+    }
+}
+
+/// The crates through which the test of planted bugs turns the feature on, and what it may stand for in each.
+const MUTATIONS: [(&str, &str); 2] = [
+    ("trainyard-common", "[]"),
+    ("trainyard-tests", "[\"trainyard-common/mutations\"]"),
+];
+
+#[test]
+fn nothing_plants_bugs_by_default() {
+    let metadata = metadata();
+    for package in metadata["packages"].as_array().expect("packages") {
+        let name = text(package, "name");
+        let features = package["features"].as_object().expect("features");
+        for (feature, turns_on) in features {
+            let turns_on = turns_on.to_string();
+            let planted = MUTATIONS.contains(&(name, turns_on.as_str()));
+            let allowed = feature == "mutations" && planted;
+            assert!(
+                allowed || !(feature == "mutations" || turns_on.contains("mutations")),
+                "the feature {feature} of {name} plants bugs"
+            );
+        }
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            assert!(
+                !dependency["features"].to_string().contains("mutations"),
+                "{name} plants bugs in {}",
+                text(dependency, "name")
+            );
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use rustls::client::Resumption;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -28,8 +28,11 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{Channel, Uri};
 use trainyard_common::ids::ClusterId;
+use trainyard_common::time::Timestamp;
+use trainyard_common::units::format_duration;
 
 use crate::endpoint::Endpoint;
+use crate::gate::{self, Gate, Gated};
 use crate::pki::PkiError;
 use crate::socket;
 use crate::tls::{self, ClientCert};
@@ -76,7 +79,21 @@ pub async fn connect(
     trust: &Trust,
     client: Option<&ClientCert>,
 ) -> Result<Channel, ConnectError> {
-    let dialer = Dialer::new(endpoints, trust, client)?;
+    connect_through(&Gate::default(), endpoints, trust, client).await
+}
+
+/// The same through a gate: the channel fails while that is closed.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_through(
+    gate: &Gate,
+    endpoints: &[Endpoint],
+    trust: &Trust,
+    client: Option<&ClientCert>,
+) -> Result<Channel, ConnectError> {
+    let mut dialer = Dialer::new(endpoints, trust, client)?;
+    dialer.gate = gate.clone();
     // Dialled here and not by tonic, so that the caller gets our error and not "transport error".
     let first = dialer.dial().await?;
     let connector = Connector {
@@ -205,12 +222,53 @@ pub enum EndpointFailure {
     /// It has a certificate of this cluster's authority, but not a coordinator's.
     #[error("its certificate is not a coordinator's")]
     NotCoordinator,
-    /// The server's certificate has ended or not begun.
-    #[error("its certificate is not valid now (check the clocks of both machines)")]
-    CertificateTime,
+    /// The server's certificate has ended or not begun by this machine's clock.
+    #[error("its certificate is {0} (clock skew? check the clocks of both machines)")]
+    CertificateTime(CertificateTime),
     /// TLS failed in another way.
     #[error("the TLS handshake failed: {0}")]
     Tls(Arc<io::Error>),
+}
+
+/// How a certificate and this machine's clock disagree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CertificateTime {
+    /// It is over.
+    Ended {
+        /// When it ended.
+        at: Timestamp,
+        /// What this machine's clock said.
+        clock: Timestamp,
+    },
+    /// It has not begun.
+    NotBegun {
+        /// When it begins.
+        from: Timestamp,
+        /// What this machine's clock said.
+        clock: Timestamp,
+    },
+}
+
+impl fmt::Display for CertificateTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, at, clock) = match self {
+            Self::Ended { at, clock } => ("not valid after", at, clock),
+            Self::NotBegun { from, clock } => ("not valid before", from, clock),
+        };
+        let apart = Duration::from_secs(clock.since(*at).max(at.since(*clock)).as_secs());
+        write!(
+            f,
+            "{what} {}, and this machine's clock says {}, {} {}",
+            at.utc(),
+            clock.utc(),
+            format_duration(apart),
+            if clock >= at { "later" } else { "earlier" }
+        )
+    }
+}
+
+fn timestamp(time: UnixTime) -> Timestamp {
+    Timestamp(time.as_secs().saturating_mul(1000))
 }
 
 impl EndpointFailure {
@@ -238,10 +296,18 @@ impl EndpointFailure {
                 CertificateError::ApplicationVerificationFailure
                 | CertificateError::InvalidPurpose
                 | CertificateError::InvalidPurposeContext { .. } => Self::NotCoordinator,
-                CertificateError::Expired
-                | CertificateError::ExpiredContext { .. }
-                | CertificateError::NotValidYet
-                | CertificateError::NotValidYetContext { .. } => Self::CertificateTime,
+                CertificateError::ExpiredContext { time, not_after } => {
+                    Self::CertificateTime(CertificateTime::Ended {
+                        at: timestamp(*not_after),
+                        clock: timestamp(*time),
+                    })
+                }
+                CertificateError::NotValidYetContext { time, not_before } => {
+                    Self::CertificateTime(CertificateTime::NotBegun {
+                        from: timestamp(*not_before),
+                        clock: timestamp(*time),
+                    })
+                }
                 _ => Self::Tls(Arc::new(error)),
             },
             _ => Self::Tls(Arc::new(error)),
@@ -256,6 +322,7 @@ pub(crate) struct Dialer {
     connector: TlsConnector,
     /// The index of the endpoint that worked last.
     preferred: Arc<AtomicUsize>,
+    gate: Gate,
 }
 
 impl fmt::Debug for Dialer {
@@ -296,11 +363,12 @@ impl Dialer {
             endpoints: endpoints.into(),
             connector: TlsConnector::from(Arc::new(config)),
             preferred: Arc::default(),
+            gate: Gate::default(),
         })
     }
 
     /// The first endpoint that works, beginning with the one that worked last.
-    pub(crate) async fn dial(&self) -> Result<TlsStream<TcpStream>, ConnectError> {
+    pub(crate) async fn dial(&self) -> Result<TlsStream<Gated>, ConnectError> {
         let count = self.endpoints.len();
         let start = self.preferred.load(Ordering::Relaxed);
         let mut failures = Vec::with_capacity(count);
@@ -320,12 +388,16 @@ impl Dialer {
         Err(ConnectError::from_failures(failures))
     }
 
-    async fn dial_one(&self, endpoint: &Endpoint) -> Result<TlsStream<TcpStream>, EndpointFailure> {
+    async fn dial_one(&self, endpoint: &Endpoint) -> Result<TlsStream<Gated>, EndpointFailure> {
+        if self.gate.is_closed() {
+            return Err(EndpointFailure::Network(Arc::new(gate::cut())));
+        }
         let stream = timeout(CONNECT_TIMEOUT, dial_tcp(endpoint))
             .await
             .map_err(|_| EndpointFailure::Timeout)??;
         socket::tune(&stream);
         let name = ServerName::try_from(SERVER_NAME).expect("the constant is a DNS name");
+        let stream = self.gate.through(stream);
         timeout(CONNECT_TIMEOUT, self.connector.connect(name, stream))
             .await
             .map_err(|_| EndpointFailure::Timeout)?
@@ -355,14 +427,14 @@ async fn dial_tcp(endpoint: &Endpoint) -> Result<TcpStream, EndpointFailure> {
 struct Connector {
     dialer: Dialer,
     /// The connection that [`connect`] opened.
-    first: Option<TlsStream<TcpStream>>,
+    first: Option<TlsStream<Gated>>,
 }
 
 type Connecting =
-    Pin<Box<dyn Future<Output = Result<TokioIo<TlsStream<TcpStream>>, ConnectError>> + Send>>;
+    Pin<Box<dyn Future<Output = Result<TokioIo<TlsStream<Gated>>, ConnectError>> + Send>>;
 
 impl tower::Service<Uri> for Connector {
-    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Response = TokioIo<TlsStream<Gated>>;
     type Error = ConnectError;
     type Future = Connecting;
 

@@ -44,6 +44,18 @@ impl BootTime {
             .expect("Linux has had CLOCK_BOOTTIME since 2.6.39")
     }
 
+    /// The time at which the machine was up for so long; for what another process of this boot wrote down.
+    #[must_use]
+    pub fn since_boot(uptime: Duration) -> Self {
+        Self(uptime)
+    }
+
+    /// How long the machine was up at this time; for processes of the same boot.
+    #[must_use]
+    pub fn uptime(self) -> Duration {
+        self.0
+    }
+
     /// The later time.
     #[must_use]
     pub fn after(self, duration: Duration) -> Self {

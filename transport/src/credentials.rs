@@ -19,6 +19,7 @@ use crate::endpoint::Endpoint;
 use crate::files;
 use crate::identity::{Identity, InvalidIdentity};
 use crate::pki::{self, CertificateInfo, KeyPairPem, PkiError};
+use crate::sealed::{self, FileRecord};
 use crate::tls::{self, ClientCert};
 use crate::token::{JoinToken, MAX_ENDPOINTS, TokenKind};
 
@@ -30,7 +31,7 @@ const KEY: &str = "key.pem";
 const NEXT_KEY: &str = "key.next.pem";
 /// Bytes of each file that are read; whatever is larger is not ours.
 const MAX_FILE_BYTES: u64 = 64 << 10;
-/// The one version of `cluster.json` so far.
+/// What `cluster.json` said its version was before it had a first line, and still says for the programs of then.
 const VERSION: u32 = 1;
 
 /// A certificate and what is needed to use it.
@@ -76,7 +77,7 @@ pub enum CredentialsError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        reason: &'static str,
+        reason: String,
     },
     /// The certificate or key cannot be used.
     #[error("the credentials in {dir:?} cannot be used; enrol again")]
@@ -95,6 +96,11 @@ struct ClusterFile {
     cluster: ClusterId,
     endpoints: Vec<Endpoint>,
     identity: String,
+}
+
+impl FileRecord for ClusterFile {
+    const KIND: &'static str = "cluster";
+    const VERSION: u32 = 2;
 }
 
 impl Credentials {
@@ -166,8 +172,7 @@ impl Credentials {
             endpoints: self.endpoints.clone(),
             identity: self.identity.to_string(),
         };
-        let json = serde_json::to_vec_pretty(&cluster)
-            .map_err(|error| write_error(&dir.join(CLUSTER))(error.into()))?;
+        let json = sealed::seal(&cluster).map_err(write_error(&dir.join(CLUSTER)))?;
         write(dir, CLUSTER, &json)
     }
 
@@ -205,7 +210,7 @@ impl Credentials {
     /// [`CredentialsError`].
     pub fn load(dir: &Path) -> Result<Self, CredentialsError> {
         let path = dir.join(CLUSTER);
-        let json = match read(dir, CLUSTER) {
+        let json = match read_bytes(dir, CLUSTER) {
             Err(CredentialsError::File { source, .. })
                 if source.kind() == io::ErrorKind::NotFound =>
             {
@@ -215,17 +220,16 @@ impl Credentials {
             }
             other => other?,
         };
-        let damaged = |reason| CredentialsError::Damaged {
+        let damaged = |reason: &dyn std::fmt::Display| CredentialsError::Damaged {
             path: path.clone(),
-            reason,
+            reason: reason.to_string(),
         };
-        let file: ClusterFile =
-            serde_json::from_str(&json).map_err(|_| damaged("it is not what was written"))?;
+        let file: ClusterFile = sealed::open(&json).map_err(|error| damaged(&error))?;
         if file.version != VERSION {
-            return Err(damaged("it was written by another version of Trainyard"));
+            return Err(damaged(&"it was written by another version of Trainyard"));
         }
         if file.endpoints.is_empty() || file.endpoints.len() > MAX_ENDPOINTS {
-            return Err(damaged("it must list 1 to 8 endpoints"));
+            return Err(damaged(&"it must list 1 to 8 endpoints"));
         }
         let cert_pem = read(dir, CERT)?;
         let key = load_key(dir, &cert_pem)?;
@@ -236,7 +240,7 @@ impl Credentials {
         let credentials = Self::new(file.cluster, file.endpoints, read(dir, CA)?, cert_pem, key)
             .map_err(unusable)?;
         if credentials.identity.to_string() != file.identity {
-            return Err(damaged("it names another identity than the certificate"));
+            return Err(damaged(&"it names another identity than the certificate"));
         }
         Ok(credentials)
     }
@@ -322,6 +326,17 @@ fn matching(cert_pem: &str, key: &KeyPairPem) -> Result<CertificateInfo, PkiErro
 }
 
 fn read(dir: &Path, name: &str) -> Result<String, CredentialsError> {
+    let bytes = read_bytes(dir, name)?;
+    String::from_utf8(bytes).map_err(|error| {
+        let offset = error.utf8_error().valid_up_to();
+        CredentialsError::Damaged {
+            path: dir.join(name),
+            reason: format!("it is no text at byte {offset}"),
+        }
+    })
+}
+
+fn read_bytes(dir: &Path, name: &str) -> Result<Vec<u8>, CredentialsError> {
     let path = dir.join(name);
     let failed = |source| CredentialsError::File {
         operation: "read",
@@ -332,10 +347,10 @@ fn read(dir: &Path, name: &str) -> Result<String, CredentialsError> {
     if size > MAX_FILE_BYTES {
         return Err(CredentialsError::Damaged {
             path,
-            reason: "it is larger than 64 KiB",
+            reason: "it is larger than 64 KiB".to_owned(),
         });
     }
-    fs::read_to_string(&path).map_err(failed)
+    fs::read(&path).map_err(failed)
 }
 
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), CredentialsError> {
@@ -409,6 +424,41 @@ mod tests {
             assert_eq!(mode(&path), 0o600, "{}", path.display());
         }
         assert!(!format!("{loaded:?}").contains("PRIVATE"));
+    }
+
+    /// Both forms in which it was ever written, byte for byte.
+    #[test]
+    fn golden_cluster_files_are_read_and_every_damage_is_seen() {
+        let file = ClusterFile {
+            version: VERSION,
+            cluster: ClusterId([0xab; 16]),
+            endpoints: vec!["head:7443".parse().unwrap(), "[::1]:7443".parse().unwrap()],
+            identity: node(7).to_string(),
+        };
+        let old = include_bytes!("../golden/cluster-1.json");
+        let new = include_bytes!("../golden/cluster-2.json");
+        assert_eq!(serde_json::to_vec_pretty(&file).unwrap(), old);
+        assert_eq!(
+            String::from_utf8(sealed::seal(&file).unwrap()).unwrap(),
+            String::from_utf8_lossy(new)
+        );
+        let text = |bytes: &[u8]| {
+            sealed::open::<ClusterFile>(bytes).map(|file| serde_json::to_string(&file).unwrap())
+        };
+        let golden = serde_json::to_string(&file).unwrap();
+        assert_eq!(text(old).unwrap(), golden);
+        assert_eq!(text(new).unwrap(), golden);
+        for cut in 0..new.len() {
+            text(&new[..cut]).unwrap_err();
+            text(&old[..cut.min(old.len() - 1)]).unwrap_err();
+        }
+        for bit in 0..new.len() * 8 {
+            let mut flipped = new.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(read) = text(&flipped) {
+                assert_eq!(read, golden, "bit {bit}");
+            }
+        }
     }
 
     #[test]

@@ -12,11 +12,15 @@ pub mod credentials;
 pub mod endpoint;
 pub mod enrol;
 pub mod files;
+pub mod gate;
 pub mod host;
 pub mod identity;
 pub mod pack;
 pub mod pki;
+pub mod restart;
+pub mod sealed;
 pub mod server;
+pub mod skew;
 mod socket;
 pub mod task;
 #[cfg(test)]

@@ -11,6 +11,7 @@ use trainyard_common::bundle::{BundlePhase, DesiredBundle};
 use trainyard_common::ids::BundleRef;
 use trainyard_common::limits::MAX_TASKS_PER_JOB;
 use trainyard_common::member::MemberSpec;
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::resources::Resources;
 use trainyard_common::time::Timestamp;
 
@@ -223,12 +224,23 @@ impl Bundle {
 pub(crate) struct Bundles {
     bundles: BTreeMap<BundleRef, Bundle>,
     forgotten: BTreeSet<BundleRef>,
+    /// As for members.
+    anew: bool,
+    unaccounted: BTreeSet<BundleRef>,
 }
 
 /// Whether a bundle's slots fit beside the members that live: a sentence if not.
 pub(crate) type Room<'a> = &'a dyn Fn(&Resources) -> Result<(), String>;
 
 impl Bundles {
+    pub(crate) fn begin_anew(&mut self) {
+        self.anew = true;
+    }
+
+    pub(crate) fn is_history_settled(&self) -> bool {
+        !self.anew && self.unaccounted.is_empty()
+    }
+
     pub(crate) fn recover(&mut self, found: Vec<RecoveredBundle>) {
         for found in found {
             let desired = DesiredBundle {
@@ -345,9 +357,11 @@ impl Bundles {
             }
             stays
         });
+        self.unaccounted.retain(|bundle| named.contains(bundle));
         for desired in all {
             self.desire(desired, room, out);
         }
+        self.anew = false;
     }
 
     fn desire(&mut self, desired: DesiredBundle, room: Room<'_>, out: &mut Outbox) {
@@ -388,8 +402,14 @@ impl Bundles {
             message,
             may_have_run,
         };
-        let stage = if self.forgotten.contains(&bundle) {
+        let forgotten = self.forgotten.contains(&bundle);
+        let stage = if forgotten && !planted(Mutation::ForgottenBundleTaken) {
             let text = "it ended here before, and its record was deleted";
+            refused(text.to_owned(), true)
+        } else if self.anew {
+            self.unaccounted.insert(bundle);
+            let text =
+                "the node's records were lost; which of its tasks were started there is not known";
             refused(text.to_owned(), true)
         } else if desired.spec.is_none() || desired.recorded > 0 {
             refused("it is not on this node any more".to_owned(), true)
@@ -459,6 +479,7 @@ impl Bundles {
 
     fn forget(&mut self, bundle: BundleRef) {
         self.bundles.remove(&bundle);
+        self.unaccounted.remove(&bundle);
         self.forgotten.insert(bundle);
         if self.forgotten.len() > MAX_FORGOTTEN {
             self.forgotten.pop_first();
@@ -504,7 +525,13 @@ impl Bundles {
             return;
         };
         match found.stage {
-            Stage::Starting | Stage::Running | Stage::Ending => found.stage = Stage::Over,
+            Stage::Starting | Stage::Running | Stage::Ending => {
+                found.stage = Stage::Over;
+                if planted(Mutation::BundleRemovedUnrecorded) {
+                    found.stage = Stage::Removing { busy: false };
+                    found.backoff = Backoff::due(Timestamp(0));
+                }
+            }
             Stage::Waiting
             | Stage::Accepting
             | Stage::Fetching { .. }

@@ -13,6 +13,7 @@ use trainyard_common::member::{
     DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, ObservedMember, ObservedPhase,
     Stop,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::resources::Resources;
 use trainyard_common::time::Timestamp;
 
@@ -43,6 +44,10 @@ pub struct Core {
     forgotten: BTreeSet<AttemptRef>,
     bundles: Bundles,
     connected: bool,
+    /// The records of before are lost, and the coordinator has not said yet what it placed here.
+    anew: bool,
+    /// What it had placed then and may have run, until that is on its record.
+    unaccounted: BTreeSet<AttemptRef>,
 }
 
 impl Core {
@@ -62,7 +67,22 @@ impl Core {
             forgotten: BTreeSet::new(),
             bundles: Bundles::default(),
             connected: false,
+            anew: false,
+            unaccounted: BTreeSet::new(),
         }
+    }
+
+    /// The records of before are lost: whatever the first session names that is not here may have run here, so it is not
+    /// started but told as unaccounted for. To be called before any event.
+    pub fn begin_anew(&mut self) {
+        self.anew = true;
+        self.bundles.begin_anew();
+    }
+
+    /// Whether nothing that was placed before the records were lost could still be taken for new.
+    #[must_use]
+    pub fn is_history_settled(&self) -> bool {
+        !self.anew && self.unaccounted.is_empty() && self.bundles.is_history_settled()
     }
 
     /// The machine was looked at again: new members are checked against this from now on.
@@ -193,10 +213,12 @@ impl Core {
         {
             member.unwish();
         }
+        self.unaccounted.retain(|attempt| named.contains(attempt));
         // First all wishes and then all steps, so that an older attempt is seen to be older.
         for member in desired {
             self.desire(now, member, out);
         }
+        self.anew = false;
         for member in self.members.values_mut() {
             if matches!(member.stage, Stage::Uploading { .. }) {
                 member.backoff.begin();
@@ -214,7 +236,7 @@ impl Core {
                 return;
             }
             Some(_) => true,
-            None => self.forgotten.contains(&attempt),
+            None => self.forgotten.contains(&attempt) && !planted(Mutation::ForgottenTakenAgain),
         };
         let refusal = if gone {
             Some(unaccounted(
@@ -238,6 +260,13 @@ impl Core {
             return;
         }
         let stage = match &desired.phase {
+            DesiredPhase::Prepare | DesiredPhase::Start if self.anew => {
+                out.note(attempt, "is of before this node's records were lost");
+                self.unaccounted.insert(attempt);
+                let text =
+                    "the node's records were lost; whether it was started there is not known";
+                Stage::Ended(unaccounted(text, now))
+            }
             DesiredPhase::Prepare | DesiredPhase::Start => Stage::Waiting,
             // It was ready once, or nobody would want it to run; so it was here and may have run.
             DesiredPhase::Run(_) => {
@@ -270,6 +299,7 @@ impl Core {
             | Stage::Ready { .. }
             | Stage::Running { .. }
             | Stage::Stopping
+            | Stage::CleanupPending(_)
             | Stage::Uploading { .. } => {
                 out.note(
                     attempt,
@@ -292,9 +322,11 @@ impl Core {
             | Stage::Ready { .. }
             | Stage::Running { .. }
             | Stage::Stopping
+            | Stage::CleanupPending(_)
             | Stage::Uploading { .. } => return,
         }
         self.members.remove(&attempt);
+        self.unaccounted.remove(&attempt);
         self.forgotten.insert(attempt);
         if self.forgotten.len() > MAX_FORGOTTEN {
             self.forgotten.pop_first();
@@ -364,6 +396,7 @@ impl Core {
             | Stage::Ready { .. }
             | Stage::Running { .. }
             | Stage::Stopping
+            | Stage::CleanupPending(_)
             | Stage::Uploading { .. }
             | Stage::Ended(_)
             | Stage::Removing { .. } => None,
@@ -429,10 +462,20 @@ impl Core {
             }
             (
                 Request::Stop,
-                Stage::Starting | Stage::Ready { .. } | Stage::Running { .. } | Stage::Stopping,
-            ) => member.stop_sent = None,
+                Stage::Starting
+                | Stage::Ready { .. }
+                | Stage::Running { .. }
+                | Stage::Stopping
+                | Stage::CleanupPending(_),
+            ) => {
+                member
+                    .stop_sent
+                    .take_if(|_| !planted(Mutation::StopNotRepeated));
+            }
             (Request::Upload, Stage::Uploading { busy, .. })
-            | (Request::Remove, Stage::Removing { busy }) => *busy = false,
+            | (Request::Remove, Stage::Removing { busy }) => {
+                *busy = planted(Mutation::UploadNotRepeated)
+            }
             // What failed does not matter any more.
             (Request::Go | Request::Stop | Request::Upload | Request::Remove, _) => return,
         }
@@ -505,7 +548,11 @@ impl Core {
                     out.push(Effect::CancelFetch(attempt));
                 }
             }
-            Stage::Starting | Stage::Ready { .. } | Stage::Running { .. } | Stage::Stopping => {
+            Stage::Starting
+            | Stage::Ready { .. }
+            | Stage::Running { .. }
+            | Stage::Stopping
+            | Stage::CleanupPending(_) => {
                 step_shim(member, superseded, rests, out);
             }
             Stage::Uploading { ending, busy } => {
@@ -538,7 +585,11 @@ impl Core {
             Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if superseded => {
                 Some(older(now))
             }
-            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) if older_lives => return,
+            Want::Nothing | Want::Prepare | Want::Start | Want::Run(_)
+                if older_lives && !planted(Mutation::StartsBesideOlder) =>
+            {
+                return;
+            }
             Want::Nothing | Want::Prepare | Want::Start | Want::Run(_) => {
                 let refusal = self.holdings().check(&member.spec).err();
                 refusal.map(|text| not_started(EndCause::PrepareFailed, text, now))

@@ -2,7 +2,7 @@
 //! Any of them may come twice, late or in an order that makes no sense; the core must stay right.
 
 use trainyard_common::ids::{AttemptRef, Digest};
-use trainyard_common::member::{DesiredMember, Ending};
+use trainyard_common::member::{Cleanup, DesiredMember, Ending};
 use trainyard_common::time::Timestamp;
 
 use crate::bundle::BundleEvent;
@@ -124,6 +124,8 @@ pub enum RuntimeState {
     },
     /// Its ranks are being ended.
     Stopping,
+    /// Everything was killed some seconds ago, and this is left all the same.
+    CleanupPending(Cleanup),
     /// Every process of the attempt is gone. `outputs` and `checkpoint` are not known yet.
     Gone(Ending),
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::MemberSpec;
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::resources::Resources;
 use trainyard_common::units::{format_bytes, format_cpus};
 
@@ -30,6 +31,9 @@ impl<'a> Holdings<'a> {
 
     /// A live member holds what its specification says.
     pub(crate) fn add(&mut self, attempt: AttemptRef, spec: &'a MemberSpec) {
+        if planted(Mutation::HoldingsIgnored) {
+            return;
+        }
         self.held = self.held.plus(&spec.resources);
         for uuid in &spec.gpu_uuids {
             self.gpu_holders.entry(uuid).or_insert(attempt);

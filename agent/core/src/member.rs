@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, ObservedMember, ObservedPhase,
-    Stop,
+    Cleanup, DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, ObservedMember,
+    ObservedPhase, Stop,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::state::ReasonCode;
 use trainyard_common::time::Timestamp;
 
@@ -47,6 +48,8 @@ pub(crate) enum Stage {
         started_at: Timestamp,
     },
     Stopping,
+    /// Everything was killed, and some processes outlive it.
+    CleanupPending(Cleanup),
     /// No process is left.
     Uploading {
         ending: Ending,
@@ -133,7 +136,8 @@ impl Member {
             | Stage::Starting
             | Stage::Ready { .. }
             | Stage::Running { .. }
-            | Stage::Stopping => true,
+            | Stage::Stopping
+            | Stage::CleanupPending(_) => true,
             Stage::Waiting | Stage::Uploading { .. } | Stage::Ended(_) | Stage::Removing { .. } => {
                 false
             }
@@ -146,7 +150,7 @@ impl Member {
         let forward = match (&self.want, &new) {
             (Want::Stop(_), Want::Nothing | Want::Prepare | Want::Start | Want::Run(_))
             | (Want::Run(_), Want::Nothing | Want::Prepare | Want::Start)
-            | (Want::Start, Want::Nothing | Want::Prepare) => false,
+            | (Want::Start, Want::Nothing | Want::Prepare) => planted(Mutation::StopTakenBack),
             (Want::Nothing | Want::Prepare, _)
             | (_, Want::Stop(_))
             | (Want::Start, Want::Start | Want::Run(_))
@@ -188,7 +192,10 @@ impl Member {
         };
         let mut ending = ending.clone();
         uploaded.complete(&mut ending);
-        self.enter(Stage::Ended(ending));
+        self.enter(match planted(Mutation::RemovedUnrecorded) {
+            true => Stage::Removing { busy: false },
+            false => Stage::Ended(ending),
+        });
     }
 
     /// What its shim said; whether that was news. A shim's life goes one way, so older news is nothing.
@@ -197,8 +204,17 @@ impl Member {
             return false;
         };
         let stage = Stage::of(state);
-        if stage.shim_place().is_some_and(|new| new <= place) {
+        // What is left may become less.
+        let again = matches!(stage, Stage::CleanupPending(_)) && stage != self.stage;
+        if stage
+            .shim_place()
+            .is_some_and(|new| new < place || (new == place && !again))
+        {
             return false;
+        }
+        if matches!(self.stage, Stage::CleanupPending(_)) && again {
+            self.stage = stage;
+            return true;
         }
         self.enter(stage);
         self.own_up();
@@ -220,6 +236,7 @@ impl Member {
     pub(crate) fn observed(&self) -> Option<ObservedMember> {
         let stopping = self.is_live() && matches!(self.want, Want::Stop(_));
         let phase = match &self.stage {
+            Stage::CleanupPending(cleanup) => ObservedPhase::CleanupPending(cleanup.clone()),
             _ if stopping => ObservedPhase::Stopping,
             Stage::Waiting | Stage::Accepting | Stage::Fetching { .. } | Stage::Starting => {
                 ObservedPhase::Preparing
@@ -247,6 +264,7 @@ impl Stage {
             RuntimeState::Ready { port } => Self::Ready { port },
             RuntimeState::Running { started_at } => Self::Running { started_at },
             RuntimeState::Stopping => Self::Stopping,
+            RuntimeState::CleanupPending(cleanup) => Self::CleanupPending(cleanup),
             RuntimeState::Gone(ending) => Self::uploading(ending),
         }
     }
@@ -265,6 +283,7 @@ impl Stage {
             Self::Ready { .. } => Some(1),
             Self::Running { .. } => Some(2),
             Self::Stopping => Some(3),
+            Self::CleanupPending(_) => Some(4),
             Self::Waiting
             | Self::Accepting
             | Self::Fetching { .. }
@@ -278,6 +297,7 @@ impl Stage {
 fn want(phase: DesiredPhase, spec: &MemberSpec) -> Want {
     match phase {
         DesiredPhase::Start if spec.nodes == 1 => Want::Start,
+        DesiredPhase::Prepare if planted(Mutation::GangMemberStartsAlone) => Want::Start,
         // One of several must be told when all of them are ready, whatever else it was told.
         DesiredPhase::Prepare | DesiredPhase::Start => Want::Prepare,
         DesiredPhase::Run(go) => Want::Run(go),

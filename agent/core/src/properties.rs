@@ -38,7 +38,9 @@ impl Checker {
                     RuntimeState::Gone(ending) => {
                         self.gone.entry(*attempt).or_insert_with(|| ending.clone());
                     }
-                    RuntimeState::Running { .. } | RuntimeState::Stopping => {}
+                    RuntimeState::Running { .. }
+                    | RuntimeState::Stopping
+                    | RuntimeState::CleanupPending(_) => {}
                 }
             }
             Event::ForgetRequested(attempt) => {

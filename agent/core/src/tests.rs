@@ -53,6 +53,7 @@ pub(crate) fn spec(gpus: &[&str]) -> MemberSpec {
         resume_from: Vec::new(),
         time_limit: None,
         grace: Duration::from_secs(30),
+        lease: None,
     }
 }
 
@@ -178,6 +179,43 @@ fn ends(effects: &[Effect]) -> Vec<(EndCause, &str, bool)> {
         _ => None,
     };
     effects.iter().filter_map(ending).collect()
+}
+
+#[test]
+fn what_was_placed_before_the_records_were_lost_is_unaccounted_for() {
+    let mut env = Env::new();
+    env.core.begin_anew();
+    assert!(!env.core.is_history_settled());
+    let old = attempt("j1.0.1");
+    let effects = env.connect(vec![desired(old, DesiredPhase::Start)]);
+    let reported = effects.iter().find_map(|effect| match effect {
+        Effect::Report(ObservedMember {
+            phase: ObservedPhase::Ended(ending),
+            ..
+        }) => Some(ending.clone()),
+        _ => None,
+    });
+    let ending = reported.expect("its end is told");
+    assert_eq!(
+        (ending.cause, ending.started),
+        (EndCause::SupervisorLost, true)
+    );
+    assert!(
+        !effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Accept(_)))
+    );
+    // What is placed now is not of before, and what was is settled when it is on record.
+    env.tell(Event::Bundle(crate::BundleEvent::AllDesired(Vec::new())));
+    let effects = env.desire("j2.0.1", DesiredPhase::Prepare);
+    assert!(
+        effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Accept(_)))
+    );
+    assert!(!env.core.is_history_settled());
+    env.tell(Event::ForgetRequested(old));
+    assert!(env.core.is_history_settled());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use trainyard_agent_core::Uploaded;
-use trainyard_common::bundle::{ObservedBundlePhase, TaskReport};
+use trainyard_common::bundle::{ObservedBundlePhase, TaskRange, TaskReport, TaskSet};
 use trainyard_common::ids::TaskIndex;
 use trainyard_common::member::{Ending, RankEnd};
 use trainyard_transport::task::{AbortOnDrop, blocking, spawn};
@@ -21,7 +21,7 @@ use crate::backoff::Backoff;
 use crate::chain::chain;
 use crate::logs::Logs;
 use crate::outgoing::Outgoing;
-use crate::runtime::carrier::{BundleDir, Record, TaskEnd, parse, read_from};
+use crate::runtime::carrier::{BundleDir, Gap, Item, Record, TaskEnd, items, read_from};
 use crate::uploads::Uploader;
 
 /// Bytes of the journal that are read at once, some hundreds of reports.
@@ -54,19 +54,31 @@ pub(crate) struct Growth {
 #[derive(Debug)]
 pub(crate) struct Feed {
     growth: watch::Sender<Growth>,
-    recorded: watch::Sender<u64>,
+    recorded: watch::Sender<Recorded>,
     _task: AbortOnDrop,
 }
 
+/// What the coordinator said that it has on record.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Recorded {
+    /// Reports with a lower number.
+    pub(crate) reports: u64,
+    /// Tasks whose ends are not.
+    pub(crate) open: Arc<TaskSet>,
+}
+
 impl Feed {
-    pub(crate) fn start(means: Means, dir: BundleDir, growth: Growth, recorded: u64) -> Self {
+    pub(crate) fn start(means: Means, dir: BundleDir, growth: Growth, recorded: Recorded) -> Self {
         let (growth, growth_seen) = watch::channel(growth);
+        let first_open = recorded.open.clone();
         let (recorded, recorded_seen) = watch::channel(recorded);
         let feeder = Feeder {
             means,
             dir,
             growth: growth_seen,
             recorded: recorded_seen,
+            first_open,
+            is_damaged: false,
             offset: 0,
             number: 0,
             pending: VecDeque::new(),
@@ -88,7 +100,7 @@ impl Feed {
         self.growth.send_replace(growth);
     }
 
-    pub(crate) fn recorded(&self, recorded: u64) {
+    pub(crate) fn recorded(&self, recorded: Recorded) {
         self.recorded.send_replace(recorded);
     }
 }
@@ -98,7 +110,11 @@ struct Feeder {
     means: Means,
     dir: BundleDir,
     growth: watch::Receiver<Growth>,
-    recorded: watch::Receiver<u64>,
+    recorded: watch::Receiver<Recorded>,
+    /// Tasks whose ends were not on record when this began.
+    first_open: Arc<TaskSet>,
+    /// Something was unreadable, so that the numbers of what follows are not those of before.
+    is_damaged: bool,
     /// Bytes of the journal that were taken.
     offset: u64,
     /// The number of the next report in it.
@@ -130,9 +146,9 @@ impl Feeder {
     async fn run(mut self) {
         loop {
             let growth = *self.growth.borrow_and_update();
-            let recorded = *self.recorded.borrow_and_update();
-            self.clear_away(recorded).await;
-            let more = self.read(growth, recorded).await;
+            let recorded = self.recorded.borrow_and_update().clone();
+            self.clear_away(recorded.reports).await;
+            let more = self.read(growth, &recorded).await;
             let now = Instant::now();
             if self.uploads.is_empty() || self.hand_over_at <= now {
                 self.hand_over_at = now + GATHER;
@@ -170,26 +186,30 @@ impl Feeder {
     }
 
     /// Takes what the journal has, as far as there is room. Whether there is more of both.
-    async fn read(&mut self, growth: Growth, recorded: u64) -> bool {
+    async fn read(&mut self, growth: Growth, recorded: &Recorded) -> bool {
         if self.offset >= growth.journal || !self.has_room() {
             return false;
         }
         let (path, offset) = (self.dir.journal(), self.offset);
         let left = usize::try_from(growth.journal - offset).unwrap_or(usize::MAX);
         let read = blocking(move || {
-            read_from(&path, offset, left.min(READ_BYTES)).map(|bytes| parse(&bytes))
+            read_from(&path, offset, left.min(READ_BYTES)).map(|bytes| items(&bytes, offset))
         });
         match read.await {
-            // Not even one whole record, of those that are there.
-            Ok((records, _)) if records.is_empty() => {
-                tracing::error!(bundle = %self.dir.bundle(), offset, "the journal of a bundle is damaged");
+            // Not even one whole line, of those that are there.
+            Ok((items, _)) if items.is_empty() => {
+                let bytes = growth.journal - offset;
                 self.offset = growth.journal;
+                self.pass_over(Gap { offset, bytes }, recorded);
                 false
             }
-            Ok((records, length)) => {
+            Ok((items, length)) => {
                 self.offset += length as u64;
-                for record in records {
-                    self.take(record, recorded);
+                for item in items {
+                    match item {
+                        Item::Record(record) => self.take(record, recorded),
+                        Item::Gap(gap) => self.pass_over(gap, recorded),
+                    }
                 }
                 self.offset < growth.journal
             }
@@ -210,9 +230,39 @@ impl Feeder {
         waiting + self.pending.len() < MAX_UNRECORDED && self.uploads.len() < MAX_UPLOADS
     }
 
-    fn take(&mut self, record: Record, recorded: u64) {
+    /// How many reports those bytes held is not known. What follows them is told under new numbers, but for what is on
+    /// record; what they told themselves is found missing when the bundle is over.
+    fn pass_over(&mut self, gap: Gap, recorded: &Recorded) {
+        let (path, Gap { offset, bytes }) = (self.dir.journal(), gap);
+        tracing::error!(bundle = %self.dir.bundle(), ?path, offset, bytes, "the journal of a bundle is damaged, what it told there is unknown");
+        self.number = self.number.max(recorded.reports);
+        self.is_damaged = true;
+    }
+
+    /// Whether the coordinator may not have the task's end yet. Exact only of tasks that it has not handed out since.
+    fn may_be_open(&self, task: TaskIndex, recorded: &Recorded) -> bool {
+        !self.is_damaged || self.first_open.contains(task) || recorded.open.contains(task)
+    }
+
+    fn take(&mut self, record: Record, recorded: &Recorded) {
+        if let (true, Record::Returned(range)) = (self.is_damaged, &record) {
+            return self.take_returned(*range, recorded);
+        }
+        let is_open = match &record {
+            Record::Started { task, .. } => self.may_be_open(*task, recorded),
+            Record::Ended(end) => self.may_be_open(end.task, recorded),
+            Record::Handed(_)
+            | Record::Began(_)
+            | Record::Returned(_)
+            | Record::Skipped { .. }
+            | Record::Over { .. } => true,
+        };
+        if !is_open {
+            return;
+        }
         let number = self.number;
         self.number += u64::from(record.is_report());
+        let recorded = recorded.reports;
         let is_new = number >= recorded;
         match record {
             Record::Handed(_) | Record::Began(_) => {}
@@ -236,6 +286,22 @@ impl Feeder {
             // What was told of before and still runs: its output goes on.
             self.is_abreast = true;
             self.running.iter().for_each(|task| self.track(*task));
+        }
+    }
+
+    /// Of what is behind damage, only what the coordinator may not know.
+    fn take_returned(&mut self, range: TaskRange, recorded: &Recorded) {
+        let open = range
+            .tasks()
+            .filter(|task| self.may_be_open(*task, recorded));
+        let single = |task| TaskRange {
+            first: task,
+            last: task,
+        };
+        let open: TaskSet = open.map(single).collect();
+        for range in open.ranges() {
+            self.push(self.number, TaskReport::Returned(*range), false);
+            self.number += 1;
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use trainyard_common::bundle::{MAX_REPORTS, ObservedBundle, ObservedBundlePhase, TaskReport};
 use trainyard_common::ids::BundleRef;
+use trainyard_common::mutation::{Mutation, planted};
 
 /// The reports of all bundles.
 #[derive(Debug, Default)]
@@ -94,14 +95,16 @@ impl Lanes {
         };
         let has_them = recorded >= lane.first;
         if has_them {
-            while lane.first < recorded && lane.reports.pop_front().is_some() {
+            let upto = recorded + u64::from(planted(Mutation::ReportThrownAway));
+            while lane.first < upto && lane.reports.pop_front().is_some() {
                 lane.first += 1;
             }
         } else {
             lane.reports.clear();
         }
         lane.first = recorded;
-        lane.sent = match lane.held || !has_them {
+        let held = lane.held && !planted(Mutation::SentNotSetBack);
+        lane.sent = match held || !has_them {
             true => recorded,
             false => lane.sent.max(recorded),
         };

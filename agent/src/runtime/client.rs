@@ -14,18 +14,26 @@ use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use trainyard_common::ids::AttemptRef;
-use trainyard_common::member::{EndCause, Ending, Go, MemberSpec, RankEnd, Stop};
+use trainyard_common::ids::{AttemptRef, UserName, WorkspaceName};
+use trainyard_common::limits::{DEFAULT_GRACE, MAX_PROCS_PER_NODE};
+use trainyard_common::member::{
+    Cleanup, EndCause, Ending, Go, MemberSpec, REBOOTED_AT, RankEnd, Stop,
+};
+use trainyard_common::resources::Resources;
+use trainyard_common::spec::Launcher;
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
 use super::cgroup::Cgroup;
 use super::dir::{AttemptDir, SOCKET, read_json};
+use super::failpoint::point;
+use super::process::{self, Process};
 use super::remove::{named_directories, remove_whole};
+use super::supervise::UNKILLABLE_AFTER;
 use super::tree::Tree;
 use super::wire::{Command, Lines, MemberFile, Settings, ShimFile, Status, line};
 use super::{RuntimeEvent, ShimState};
-use trainyard_transport::clock::Clock;
+use trainyard_transport::clock::{BootTime, Clock};
 use trainyard_transport::task::blocking;
 
 /// Pauses between looks at something that is about to happen: short at first, as a shim starts in milliseconds.
@@ -39,12 +47,16 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of the shim's own log that are shown when it could not start.
 const LOG_TAIL: usize = 400;
+/// Ranks whose last log offsets are told after a reboot.
+const OFFSETS_TOLD: usize = 4;
 
 /// What was asked of a shim.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Wanted {
     pub(super) go: Option<(Go, Option<String>)>,
     pub(super) stop: Option<Stop>,
+    /// When the lease is over, if the member has one.
+    pub(super) lease: Option<BootTime>,
 }
 
 /// One shim, from its start to its end.
@@ -55,6 +67,8 @@ pub(super) struct Link {
     pub(super) child: Option<Child>,
     pub(super) first: Option<UnixStream>,
     pub(super) wanted: watch::Receiver<Wanted>,
+    /// When the coordinator was last known to hear this node.
+    pub(super) heard: watch::Receiver<Option<BootTime>>,
     pub(super) clock: Clock,
     pub(super) events: mpsc::Sender<RuntimeEvent>,
 }
@@ -63,21 +77,34 @@ impl Link {
     /// Tells all states but the last one, which it returns when the shim is gone and no process is left. Nothing if the
     /// runtime does not want it any more.
     pub(super) async fn follow(mut self) -> Option<Ending> {
-        while let Some(stream) = self.next_stream().await {
-            match self.converse(stream).await {
-                Heard::End => {}
-                Heard::Ending => self.await_exit().await,
-                Heard::Dismissed => return None,
+        let lease = self.lease().await;
+        let ending = loop {
+            while let Some(stream) = self.next_stream().await {
+                match self.converse(stream, lease).await {
+                    Heard::End => {}
+                    Heard::Ending => self.await_exit().await,
+                    Heard::Dismissed => return None,
+                }
             }
-        }
-        if self.events.is_closed() {
-            return None;
-        }
-        let ending = self.settle().await?;
+            if self.events.is_closed() {
+                return None;
+            }
+            // Nothing: an agent started a shim just before its own end, and that one was late. It must be told what is
+            // wanted, as nobody else will.
+            if let Some(ending) = self.settle().await? {
+                break ending;
+            }
+        };
         if let Some(child) = &mut self.child {
             let _ = timeout(EXIT_TIMEOUT, child.wait()).await;
         }
         Some(ending)
+    }
+
+    /// How long the member may live without the coordinator, if that is bounded. What cannot be read is not renewed.
+    async fn lease(&self) -> Option<Duration> {
+        let dir = self.dir.clone();
+        blocking(move || read_member(&dir)).await.ok()?.spec.lease
     }
 
     /// The connection that the shim was started with, or a new one; nothing if the shim is dead.
@@ -124,7 +151,7 @@ impl Link {
     }
 
     /// Passes on what is said until the connection ends.
-    async fn converse(&mut self, stream: UnixStream) -> Heard {
+    async fn converse(&mut self, stream: UnixStream, lease: Option<Duration>) -> Heard {
         let (mut reader, mut writer) = stream.into_split();
         let mut lines = Lines::default();
         let mut buffer = vec![0; 4096];
@@ -132,7 +159,9 @@ impl Link {
         let deaf_at = Instant::now() + START_TIMEOUT;
         let mut silent = true;
         loop {
-            let wanted = self.wanted.borrow_and_update().clone();
+            let mut wanted = self.wanted.borrow_and_update().clone();
+            let heard = *self.heard.borrow_and_update();
+            wanted.lease = lease.and_then(|lease| Some(heard?.after(lease)));
             if send_news(&mut writer, &wanted, &mut sent).await.is_err() {
                 return Heard::End;
             }
@@ -162,6 +191,8 @@ impl Link {
                 changed = self.wanted.changed() => if changed.is_err() {
                     return Heard::Dismissed;
                 },
+                // Cancel-safe: as above. Its sender lives as long as the runtime.
+                Ok(()) = self.heard.changed(), if lease.is_some() => {}
                 // Cancel-safe: takes nothing. The agent that this belonged to is no more.
                 () = self.events.closed() => return Heard::Dismissed,
                 // Cancel-safe: only waits. The connection ends with the shim.
@@ -177,13 +208,14 @@ impl Link {
     async fn take_states(&mut self, lines: &mut Lines) -> io::Result<bool> {
         while let Some(line) = lines.take()? {
             let status: Status = serde_json::from_slice(&line)?;
-            if matches!(status.state, ShimState::Gone(_)) {
+            let state = status.into_state();
+            if matches!(state, ShimState::Gone(_)) {
                 // Told when the shim is gone too; then it can be removed at once.
                 return Ok(true);
             }
             let event = RuntimeEvent {
                 attempt: self.dir.attempt(),
-                state: status.state,
+                state,
             };
             let _ = self.events.send(event).await;
         }
@@ -207,22 +239,34 @@ impl Link {
         }
     }
 
-    /// The shim is dead: its ending, or what must stand for one once no process is left.
-    async fn settle(&mut self) -> Option<Ending> {
+    /// The shim is dead: its ending, or what must stand for one once no process is left. No ending if a shim is found to
+    /// live; nothing at all if nobody wants to know.
+    async fn settle(&mut self) -> Option<Option<Ending>> {
         let mut pause = FIRST_PAUSE;
-        let mut told = false;
+        let (mut told, since) = (None, Instant::now());
         loop {
             let (dir, now) = (self.dir.clone(), self.clock.now());
             match blocking(move || settle(&dir, now)).await {
-                Ok(Some(ending)) => return Some(ending),
+                Ok(Settled::Ended(ending)) => return Some(Some(ending)),
                 _ if self.events.is_closed() => return None,
-                Ok(None) => {
-                    if !told {
-                        let attempt = self.dir.attempt();
-                        let state = ShimState::Stopping;
+                Ok(Settled::Supervised) => return Some(None),
+                Ok(Settled::NotYet(cleanup)) => {
+                    let attempt = self.dir.attempt();
+                    let left = (cleanup.left.clone(), cleanup.more);
+                    let state = match since.elapsed() >= UNKILLABLE_AFTER {
+                        true if told.as_ref() != Some(&left) => {
+                            told = Some(left);
+                            Some(ShimState::CleanupPending(*cleanup))
+                        }
+                        false if told.is_none() => {
+                            told = Some((Vec::new(), 0));
+                            Some(ShimState::Stopping)
+                        }
+                        _ => None,
+                    };
+                    if let Some(state) = state {
                         let _ = self.events.send(RuntimeEvent { attempt, state }).await;
                     }
-                    told = true;
                 }
                 Err(error) => tracing::error!(
                     attempt = %self.dir.attempt(),
@@ -261,12 +305,18 @@ async fn send_news(
     if wanted.stop != sent.stop {
         command.stop = wanted.stop;
     }
+    if wanted.lease != sent.lease {
+        command.lease = wanted.lease.map(BootTime::uptime);
+    }
     sent.clone_from(wanted);
-    if command.go.is_none() && command.stop.is_none() {
+    if command.go.is_none() && command.stop.is_none() && command.lease.is_none() {
         return Ok(());
     }
     let line = line(&command)?;
-    timeout(SEND_TIMEOUT, writer.write_all(&line)).await?
+    point("member.telling");
+    timeout(SEND_TIMEOUT, writer.write_all(&line)).await??;
+    point("member.told");
+    Ok(())
 }
 
 /// Connects through a short path: an address holds 108 bytes, fewer than a path may have.
@@ -289,10 +339,20 @@ pub(super) async fn is_unlocked(dir: &AttemptDir) -> bool {
     .await
 }
 
-/// One step towards an ending: nothing while processes of the attempt still live.
-fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Option<Ending>> {
+/// How far an attempt without a living shim is.
+#[derive(Debug)]
+enum Settled {
+    Ended(Ending),
+    /// Processes of it still live: how it would end without them, and what they are.
+    NotYet(Box<Cleanup>),
+    /// A shim has it.
+    Supervised,
+}
+
+/// One step towards an ending.
+fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Settled> {
     if !dir.root().exists() {
-        return Ok(Some(Ending {
+        return Ok(Settled::Ended(Ending {
             cause: EndCause::SupervisorLost,
             message: "the attempt's directory was deleted by somebody else".to_owned(),
             started: true,
@@ -303,48 +363,115 @@ fn settle(dir: &AttemptDir, now: Timestamp) -> io::Result<Option<Ending>> {
             warning: String::new(),
         }));
     }
-    if let Ok(Some(ShimState::Gone(ending))) = dir.read_status() {
-        return Ok(Some(ending));
+    let status = dir.read_status();
+    if let Ok(Some(ShimState::Gone(ending))) = status {
+        return Ok(Settled::Ended(ending));
     }
     // Also keeps a late shim from starting meanwhile.
     let Some(_lock) = dir.try_lock()? else {
-        return Ok(None);
+        return Ok(Settled::Supervised);
     };
-    let member = read_member(dir)?;
-    let ending = match dir.read_shim()? {
-        None => never_started(dir, now),
-        Some(shim) => {
-            if !kill_all(&shim, &member.settings) {
-                return Ok(None);
+    let (member, no_member) = readable(read_member(dir))?;
+    let (shim, no_shim) = readable(dir.read_shim())?;
+    let (_, no_status) = readable(status)?;
+    let unreadable = no_member.or(no_shim).or(no_status);
+    let shim = shim.flatten();
+    let ending = match (&unreadable, &shim) {
+        (None, None) => never_started(dir, now),
+        _ => {
+            let left = kill_all(
+                shim.as_ref(),
+                member.as_ref().map(|member| &member.settings),
+            );
+            let ending = match (unreadable, member) {
+                (None, Some(member)) => {
+                    unknown_ending(dir, &member.spec, EndCause::SupervisorLost, now)
+                }
+                (error, member) => {
+                    let spec = member.map_or_else(|| bare_spec(dir), |member| member.spec);
+                    // As after a reboot: that nothing tells of a start says nothing.
+                    Ending {
+                        cause: EndCause::SupervisorLost,
+                        message: error.unwrap_or_default(),
+                        ..unknown_ending(dir, &spec, EndCause::NodeRebooted, now)
+                    }
+                }
+            };
+            if let Some(left) = left {
+                let (left, more) = process::left(&left);
+                return Ok(Settled::NotYet(Box::new(Cleanup { ending, left, more })));
             }
-            unknown_ending(dir, &member.spec, EndCause::SupervisorLost, now)
+            ending
         }
     };
     dir.write_status(&ShimState::Gone(ending.clone()))?;
-    Ok(Some(ending))
+    Ok(Settled::Ended(ending))
 }
 
-/// Kills what a dead shim left. Whether nothing is left.
-fn kill_all(shim: &ShimFile, settings: &Settings) -> bool {
+/// What was read, or else what is damaged and where; other errors may go away.
+fn readable<T>(result: io::Result<T>) -> io::Result<(Option<T>, Option<String>)> {
+    match result {
+        Ok(value) => Ok((Some(value), None)),
+        Err(error) if is_damage(&error) => Ok((None, Some(error.to_string()))),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether reading again would end the same: the record is damaged, or was never written to its end.
+pub(super) fn is_damage(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::InvalidData | io::ErrorKind::NotFound
+    )
+}
+
+/// Ends an attempt that no shim ever had. Whether it is ended: not if one has it after all.
+pub(super) fn end_unstarted(dir: &AttemptDir, state: &ShimState) -> io::Result<bool> {
+    // Also keeps a late shim from starting meanwhile.
+    let Some(_lock) = dir.try_lock()? else {
+        return Ok(false);
+    };
+    if dir.shim().exists() {
+        return Ok(false);
+    }
+    point("unstarted.locked");
+    dir.write_status(state)?;
+    point("unstarted.written");
+    Ok(true)
+}
+
+/// Kills what a dead shim left, as far as it can be told from strangers. What lived until then; nothing if nothing did.
+fn kill_all(shim: Option<&ShimFile>, settings: Option<&Settings>) -> Option<Vec<Process>> {
+    // Matches no process.
+    let nobody = ShimFile {
+        pid: 0,
+        start_time: 0,
+        pid_namespace: String::new(),
+        cgroup: None,
+        member: None,
+        bundle: None,
+    };
+    let shim = shim.unwrap_or(&nobody);
     let cgroup = shim.cgroup.as_deref().and_then(Cgroup::existing);
     let tree = Tree {
         shim: shim.pid,
         dead_shim: Some(shim),
         cgroup: cgroup.as_ref(),
-        key: &settings.key,
+        key: settings.map_or("unknown", |settings| settings.key.as_str()),
     };
     let populated = || cgroup.as_ref().is_some_and(Cgroup::is_populated);
     // Looked at twice: a process that is just being replaced by another program shows no environment.
     for _ in 0..2 {
-        if populated() || !tree.living().is_empty() {
+        let living = tree.living();
+        if populated() || !living.is_empty() {
             tree.kill();
-            return false;
+            return Some(living);
         }
     }
     if let Some(cgroup) = &cgroup {
         cgroup.remove();
     }
-    true
+    None
 }
 
 fn never_started(dir: &AttemptDir, now: Timestamp) -> Ending {
@@ -366,6 +493,34 @@ fn never_started(dir: &AttemptDir, now: Timestamp) -> Ending {
     }
 }
 
+/// The ending of a member that ran, or may have, when the machine went down: it says when the machine was up again, and
+/// how much of each rank's output is here.
+pub(super) fn rebooted_ending(dir: &AttemptDir, spec: &MemberSpec, now: Timestamp) -> Ending {
+    let uptime = BootTime::now().uptime();
+    let up = Timestamp(
+        now.0
+            .saturating_sub(u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX)),
+    );
+    let offsets: Vec<String> = spec
+        .supervised_ranks()
+        .filter_map(|rank| Some((rank, std::fs::metadata(dir.log(rank)).ok()?.len())))
+        .take(OFFSETS_TOLD)
+        .map(|(rank, length)| format!("rank {rank} at {length}"))
+        .collect();
+    let logs = match offsets.join(", ") {
+        none if none.is_empty() => "no log was written".to_owned(),
+        offsets => format!("last log offset: {offsets}"),
+    };
+    let message = format!(
+        "{REBOOTED_AT}{} before the exit status was recorded; {logs}",
+        up.utc()
+    );
+    Ending {
+        message,
+        ..unknown_ending(dir, spec, EndCause::NodeRebooted, up)
+    }
+}
+
 /// The ending of a member that nobody saw end.
 pub(super) fn unknown_ending(
     dir: &AttemptDir,
@@ -376,7 +531,7 @@ pub(super) fn unknown_ending(
     let (what, started) = match cause {
         // A file that was not synced may be gone with the power, so its absence says nothing.
         EndCause::NodeRebooted => ("the node was rebooted", true),
-        _ => ("the shim was killed", dir.go().exists()),
+        _ => ("the supervisor was killed", dir.go().exists()),
     };
     let message = if started {
         format!("{what} before the exit status was recorded")
@@ -408,15 +563,78 @@ pub(super) fn unknown_ending(
     }
 }
 
-/// What was accepted.
+/// What was accepted, if need be as its shim had read it.
 pub(super) fn read_member(dir: &AttemptDir) -> io::Result<MemberFile> {
-    let missing = || io::Error::from(io::ErrorKind::NotFound);
-    let member: MemberFile = read_json(&dir.member())?.ok_or_else(missing)?;
+    let error = match read_member_file(dir) {
+        Err(error) if is_damage(&error) => error,
+        result => return result,
+    };
+    match dir.read_shim() {
+        Ok(Some(ShimFile {
+            member: Some(member),
+            ..
+        })) if member.attempt == dir.attempt() => {
+            tracing::error!(attempt = %dir.attempt(), %error, "a member is known from its shim only");
+            Ok(*member)
+        }
+        Ok(_) | Err(_) => Err(error),
+    }
+}
+
+fn read_member_file(dir: &AttemptDir) -> io::Result<MemberFile> {
+    let path = dir.member();
+    let missing = || {
+        let message = format!("{}: record unreadable: there is none", path.display());
+        io::Error::new(io::ErrorKind::NotFound, message)
+    };
+    let member: MemberFile = read_json(&path)?.ok_or_else(missing)?;
     if member.attempt != dir.attempt() {
-        let message = format!("the directory holds attempt {}", member.attempt);
+        let path = path.display();
+        let message = format!(
+            "{path}: record unreadable: it is of attempt {}",
+            member.attempt
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
     Ok(member)
+}
+
+/// What can be told of a member whose record cannot be read: its ranks, if they have left logs.
+pub(super) fn bare_spec(dir: &AttemptDir) -> MemberSpec {
+    let names = std::fs::read_dir(dir.logs())
+        .into_iter()
+        .flatten()
+        .flatten();
+    let ranks: std::collections::BTreeSet<u32> = names
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let rank = name.strip_prefix("rank-")?.strip_suffix(".log")?;
+            rank.parse().ok()
+        })
+        .take(MAX_PROCS_PER_NODE as usize)
+        .collect();
+    let procs = u32::try_from(ranks.len()).unwrap_or(1).max(1);
+    let nobody: UserName = "unknown"
+        .parse()
+        .expect("a constant that follows the rule for names");
+    MemberSpec {
+        job_name: String::new(),
+        owner: nobody,
+        workspace: WorkspaceName::default_workspace(),
+        node_rank: ranks.first().map_or(0, |first| first / procs),
+        nodes: 1,
+        procs_per_node: procs,
+        resources: Resources::default(),
+        gpu_uuids: Vec::new(),
+        launcher: Launcher::None,
+        command: Vec::new(),
+        env: std::collections::BTreeMap::new(),
+        snapshot: None,
+        resume_from: Vec::new(),
+        time_limit: None,
+        grace: DEFAULT_GRACE,
+        lease: None,
+    }
 }
 
 /// The directories of attempts, in their order.

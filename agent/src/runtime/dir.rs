@@ -6,17 +6,17 @@
 //! started (see `docs/decisions/0010-single-member-go.md`), so nothing of that has to wait for the disk.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::libc;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use trainyard_common::ids::AttemptRef;
 pub(crate) use trainyard_transport::files::sync_dir;
+use trainyard_transport::sealed::{self, FileRecord};
 
 use super::ShimState;
+use super::failpoint::point;
 use super::wire::{MemberFile, ShimFile, Status};
 
 /// Largest file that is read whole: a member with the largest command and environment is about 1 MiB as JSON, twice
@@ -148,16 +148,20 @@ impl AttemptDir {
             member.attempt,
             attempts.join(format!("{NEW_PREFIX}{scratch}")),
         );
-        let made = new
-            .fill(member)
-            .and_then(|()| match std::fs::rename(new.root(), dir.root()) {
+        point("attempt.begin");
+        let made = new.fill(member).and_then(|()| {
+            point("attempt.filled");
+            match std::fs::rename(new.root(), dir.root()) {
                 // Only an empty directory can be replaced, and none of ours is ever empty.
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    Err(io::ErrorKind::AlreadyExists.into())
+                    return Err(io::ErrorKind::AlreadyExists.into());
                 }
-                result => result,
-            })
-            .and_then(|()| sync_dir(attempts));
+                result => result?,
+            }
+            point("attempt.named");
+            sync_dir(attempts)
+        });
+        point("attempt.synced");
         if made.is_err() {
             // Nobody but this call has written into it, so there is nothing hostile to follow.
             let _ = std::fs::remove_dir_all(new.root());
@@ -173,6 +177,7 @@ impl AttemptDir {
             0o700
         };
         make_dir(&self.root, mode)?;
+        point("attempt.made");
         for sub in [
             self.work(),
             self.outputs(),
@@ -186,19 +191,19 @@ impl AttemptDir {
         // Its name in this directory becomes durable with it, or it is missing after a power loss: then the attempt still
         // counts as accepted, by the directory's own name.
         let mut file = create_json(&self.member())?;
-        file.write_all(&serde_json::to_vec(member)?)?;
+        file.write_all(&sealed::seal(member)?)?;
         file.sync_all()
     }
 
     pub(crate) fn read_status(&self) -> io::Result<Option<ShimState>> {
-        Ok(read_json::<Status>(&self.status())?.map(|status| status.state))
+        Ok(read_json::<Status>(&self.status())?.map(Status::into_state))
     }
 
     /// Returns when others find it, and an ending when it is on disk: exit statuses survive the machine.
     pub(crate) fn write_status(&self, state: &ShimState) -> io::Result<()> {
         let durable = matches!(state, ShimState::Gone(_));
-        let state = state.clone();
-        replace_json(&self.status(), &Status { state }, durable)
+        let status = Status::new(state.clone());
+        replace_json(&self.status(), &status, durable)
     }
 
     pub(crate) fn read_shim(&self) -> io::Result<Option<ShimFile>> {
@@ -249,12 +254,12 @@ fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
 }
 
 /// Replaces a file in one step.
-pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
+pub(crate) fn write_json<T: FileRecord>(path: &Path, value: &T) -> io::Result<()> {
     replace_json(path, value, false)
 }
 
-fn replace_json<T: Serialize>(path: &Path, value: &T, durable: bool) -> io::Result<()> {
-    let bytes = serde_json::to_vec(value)?;
+fn replace_json<T: FileRecord>(path: &Path, value: &T, durable: bool) -> io::Result<()> {
+    let bytes = sealed::seal(value)?;
     let scratch = path.with_extension("json.new");
     let mut file = OpenOptions::new()
         .create(true)
@@ -275,8 +280,8 @@ fn replace_json<T: Serialize>(path: &Path, value: &T, durable: bool) -> io::Resu
 }
 
 /// Makes a file that must not exist yet. If writing fails half way it exists all the same.
-pub(crate) fn write_json_once<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
-    let bytes = serde_json::to_vec(value)?;
+pub(crate) fn write_json_once<T: FileRecord>(path: &Path, value: &T) -> io::Result<()> {
+    let bytes = sealed::seal(value)?;
     create_json(path)?.write_all(&bytes)
 }
 
@@ -288,8 +293,8 @@ fn create_json(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// The content of a file; nothing if it is not there.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+/// The content of a file; nothing if it is not there. What is damaged in it is told with the file's name and the place.
+pub(crate) fn read_json<T: FileRecord>(path: &Path) -> io::Result<Option<T>> {
     let file = match OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
@@ -300,15 +305,14 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T
         Err(error) => return Err(error),
     };
     if file.metadata()?.len() > MAX_FILE {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "file is too large",
-        ));
+        let message = format!("{}: file is too large", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
-    let text = io::read_to_string(file)?;
-    serde_json::from_str(&text)
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut bytes)?;
+    sealed::open(&bytes)
         .map(Some)
-        .map_err(io::Error::from)
+        .map_err(|damage| damage.of(path))
 }
 
 /// The kernel's name for the time since the last boot.

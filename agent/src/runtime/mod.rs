@@ -17,6 +17,7 @@ pub mod carrier;
 mod cgroup;
 mod client;
 mod dir;
+mod failpoint;
 pub(crate) mod footprint;
 mod launch;
 mod output;
@@ -45,7 +46,7 @@ use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, Stop,
+    Cleanup, DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, Stop,
 };
 use trainyard_common::time::Timestamp;
 
@@ -59,7 +60,7 @@ pub(crate) use self::tests::SmallDisk;
 use self::client::{Link, Wanted};
 use self::start::Shims;
 use self::wire::{MemberFile, Settings};
-use trainyard_transport::clock::Clock;
+use trainyard_transport::clock::{BootTime, Clock};
 use trainyard_transport::task::{blocking, spawn};
 
 /// How a runtime works; fixed for its life.
@@ -107,6 +108,9 @@ pub enum ShimState {
     },
     /// What is left of the member is being ended.
     Stopping,
+    /// Everything was killed some seconds ago, and this is left all the same. Told again when it changes.
+    #[serde(skip)]
+    CleanupPending(Cleanup),
     /// No process is left. `outputs` and `checkpoint` are not known here.
     Gone(Ending),
 }
@@ -203,6 +207,8 @@ struct Inner {
     clock: Clock,
     /// Attempts whose shim is being followed, and what was asked of it.
     links: Mutex<BTreeMap<AttemptRef, watch::Sender<Wanted>>>,
+    /// When the coordinator was last known to hear this node; nothing before this process's first word was answered.
+    heard: watch::Sender<Option<BootTime>>,
     shims: Shims,
 }
 
@@ -216,6 +222,7 @@ impl Runtime {
             events,
             clock: Clock::start(),
             links: Mutex::new(BTreeMap::new()),
+            heard: watch::Sender::new(None),
         };
         Self {
             inner: Arc::new(inner),
@@ -268,6 +275,7 @@ impl Runtime {
             started = Some(shim.map_err(|source| RuntimeError::SpawnShim { attempt, source })?);
         }
         self.follow(dir, started);
+        failpoint::point("shim.followed");
         Ok(())
     }
 
@@ -307,15 +315,33 @@ impl Runtime {
             return Ok(());
         }
         let dir = self.known(attempt)?;
-        if matches!(self.read_status(&dir).await?, Some(ShimState::Gone(_))) {
-            return Ok(());
+        match self.read_status(&dir).await {
+            Ok(Some(ShimState::Gone(_))) => return Ok(()),
+            // One that is damaged is written anew when the end is known.
+            Err(RuntimeError::Record { source, .. }) if client::is_damage(&source) => {}
+            status => drop(status?),
         }
-        if self.is_unlocked(&dir).await? && !dir.shim().exists() {
-            return self.end_unstarted(dir, stop).await;
+        if self.is_unlocked(&dir).await?
+            && !dir.shim().exists()
+            && self.end_unstarted(dir.clone(), stop).await?
+        {
+            return Ok(());
         }
         self.follow(dir, None);
         self.want_stop(attempt, stop);
         Ok(())
+    }
+
+    /// The coordinator has acknowledged what was sent at this time: members with leases may live on from then for as
+    /// long as their leases are. Earlier times than one before change nothing.
+    pub fn renew(&self, sent: BootTime) {
+        self.inner.heard.send_if_modified(|heard| {
+            let later = heard.is_none_or(|heard| heard < sent);
+            if later {
+                *heard = Some(sent);
+            }
+            later
+        });
     }
 
     /// Finds what an earlier process of this agent left, and follows what lives. To be called once, before anything
@@ -424,6 +450,7 @@ impl Runtime {
                 child,
                 first,
                 wanted,
+                heard: runtime.inner.heard.subscribe(),
                 clock,
                 events: runtime.inner.events.clone(),
             };
@@ -441,15 +468,22 @@ impl Runtime {
         let _ = self.inner.events.send(event).await;
     }
 
-    async fn end_unstarted(&self, dir: AttemptDir, stop: &Stop) -> Result<(), RuntimeError> {
+    /// Whether it did: not if a shim came meanwhile.
+    async fn end_unstarted(&self, dir: AttemptDir, stop: &Stop) -> Result<bool, RuntimeError> {
         let attempt = dir.attempt();
         let message = supervise::stop_message(stop);
         let state = self.unstarted(EndCause::Stopped, message);
-        self.write_status(&dir, &state).await?;
+        let ended = {
+            let state = state.clone();
+            blocking(move || client::end_unstarted(&dir, &state)).await
+        };
+        if !ended.map_err(|source| RuntimeError::Record { attempt, source })? {
+            return Ok(false);
+        }
         let runtime = self.clone();
         // The caller may be the one who reads the events, so it must not wait for that.
         spawn("ending", async move { runtime.tell(attempt, state).await });
-        Ok(())
+        Ok(true)
     }
 
     fn unstarted(&self, cause: EndCause, message: String) -> ShimState {
@@ -478,23 +512,62 @@ impl Runtime {
         let record = |source| RuntimeError::Record { attempt, source };
         let file = {
             let dir = dir.clone();
-            blocking(move || client::read_member(&dir))
-                .await
-                .map_err(record)?
+            blocking(move || match client::read_member(&dir) {
+                // Where nothing but a name is left, nothing tells that it is ours.
+                Err(error)
+                    if error.kind() == io::ErrorKind::InvalidData
+                        || client::is_damage(&error) && dir.shim().exists() =>
+                {
+                    let spec = client::bare_spec(&dir);
+                    Ok((None, spec, Some(error)))
+                }
+                result => result.map(|file| (Some(file.settings), file.spec, None)),
+            })
+            .await
         };
-        let state = self.recover_state(dir, &file, boot_id).await?;
+        let (settings, spec, error) = file.map_err(record)?;
+        let state = match settings {
+            Some(settings) => self.recover_state(dir, &settings, &spec, boot_id).await?,
+            None => self.recover_unreadable(dir, error).await?,
+        };
         let member = DesiredMember {
             attempt,
             phase: DesiredPhase::Prepare,
-            spec: file.spec,
+            spec,
         };
         Ok(Recovered { member, state })
+    }
+
+    /// Of a member without a record: what its shim told last, or tells now.
+    async fn recover_unreadable(
+        &self,
+        dir: AttemptDir,
+        error: Option<io::Error>,
+    ) -> Result<ShimState, RuntimeError> {
+        let attempt = dir.attempt();
+        let error = error.map(|error| error.to_string());
+        tracing::error!(%attempt, error, "what an attempt was accepted for cannot be read; it is never started again");
+        let status = self.read_status(&dir).await.ok().flatten();
+        let unlocked = self.is_unlocked(&dir).await?;
+        if let (Some(ShimState::Gone(_)), true) = (&status, unlocked) {
+            return Ok(status.unwrap_or(ShimState::Stopping));
+        }
+        self.follow(dir, None);
+        Ok(match status {
+            Some(ShimState::Gone(_)) | None => ShimState::Stopping,
+            Some(state) if unlocked => {
+                tracing::debug!(%attempt, ?state, "its shim is dead");
+                ShimState::Stopping
+            }
+            Some(state) => state,
+        })
     }
 
     async fn recover_state(
         &self,
         dir: AttemptDir,
-        file: &MemberFile,
+        settings: &Settings,
+        spec: &MemberSpec,
         boot_id: &str,
     ) -> Result<ShimState, RuntimeError> {
         // A status that cannot be read says nothing, and nothing is never an ending.
@@ -514,13 +587,9 @@ impl Runtime {
         {
             return Ok(status.unwrap_or(ShimState::Accepted));
         }
-        if file.settings.boot_id != boot_id {
-            let state = ShimState::Gone(client::unknown_ending(
-                &dir,
-                &file.spec,
-                EndCause::NodeRebooted,
-                self.inner.clock.now(),
-            ));
+        if settings.boot_id != boot_id {
+            let now = self.inner.clock.now();
+            let state = ShimState::Gone(client::rebooted_ending(&dir, spec, now));
             self.write_status(&dir, &state).await?;
             return Ok(state);
         }

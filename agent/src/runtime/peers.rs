@@ -67,8 +67,7 @@ impl Peers {
 
     /// Tells everybody a new state.
     pub(crate) fn set(&mut self, state: &ShimState) {
-        let state = state.clone();
-        match line(&Status { state }) {
+        match line(&Status::new(state.clone())) {
             Ok(line) => self.set_line(line),
             Err(error) => note(&format!("a state could not be put into words: {error}")),
         }

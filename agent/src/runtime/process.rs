@@ -10,6 +10,8 @@ use nix::errno::Errno;
 use nix::libc;
 pub(crate) use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use trainyard_common::limits::MAX_LEFT_TOLD;
+use trainyard_common::member::LeftProcess;
 
 /// A process as `/proc/PID/stat` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,10 +21,10 @@ pub(crate) struct Process {
     pub(crate) session: i32,
     /// Ticks since boot: with `pid`, this names a process for good.
     pub(crate) start_time: u64,
-    /// Ended, only its exit status is left.
+    /// Ended with all its threads, only its exit status is left.
     pub(crate) is_zombie: bool,
-    /// In a system call that no signal interrupts.
-    pub(crate) is_unkillable: bool,
+    /// The kernel's letter for what its first thread does.
+    pub(crate) state: char,
 }
 
 impl Process {
@@ -50,13 +52,15 @@ impl Process {
         let pid = stat.split(' ').next()?.parse().ok()?;
         let rest: Vec<&str> = stat[stat.rfind(')')? + 1..].split_whitespace().collect();
         let state = *rest.first()?;
+        let threads: i64 = rest.get(17)?.parse().ok()?;
         Some(Self {
             pid,
             parent: rest.get(1)?.parse().ok()?,
             session: rest.get(3)?.parse().ok()?,
             start_time: rest.get(19)?.parse().ok()?,
-            is_zombie: matches!(state, "Z" | "X" | "x"),
-            is_unkillable: state == "D",
+            // While another thread lives, the first one only looks dead.
+            is_zombie: matches!(state, "Z" | "X" | "x") && threads <= 1,
+            state: state.chars().next()?,
         })
     }
 
@@ -70,6 +74,34 @@ impl Process {
             }
             Some(None) | None => {}
         }
+    }
+
+    /// How it is told of when it outlives SIGKILL.
+    fn left(&self) -> Option<LeftProcess> {
+        let name = std::fs::read(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
+        Some(LeftProcess {
+            pid: u32::try_from(self.pid).ok()?,
+            state: self.stuck_state(),
+            name: String::from_utf8_lossy(&name).trim_end().to_owned(),
+        })
+    }
+
+    /// The state of a thread that is not dead: the first one may be.
+    fn stuck_state(&self) -> char {
+        if !matches!(self.state, 'Z' | 'X' | 'x') {
+            return self.state;
+        }
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid));
+        let states = threads
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|thread| {
+                let stat = std::fs::read(thread.path().join("stat")).ok()?;
+                Some(Self::parse(&String::from_utf8_lossy(&stat))?.state)
+            });
+        let mut living = states.filter(|state| !matches!(state, 'Z' | 'X' | 'x'));
+        living.next().unwrap_or(self.state)
     }
 
     fn is_same(&self, now: &Self) -> bool {
@@ -93,6 +125,17 @@ impl Process {
         std::fs::read(format!("/proc/{}/environ", self.pid))
             .is_ok_and(|bytes| bytes.split(|byte| *byte == 0).any(|own| own == entry))
     }
+}
+
+/// Those of `living` that are told of when they outlive SIGKILL, and how many more there are.
+pub(crate) fn left(living: &[Process]) -> (Vec<LeftProcess>, u32) {
+    let told: Vec<LeftProcess> = living
+        .iter()
+        .filter_map(Process::left)
+        .take(MAX_LEFT_TOLD)
+        .collect();
+    let more = living.len().saturating_sub(told.len());
+    (told, u32::try_from(more).unwrap_or(u32::MAX))
 }
 
 /// When a process started, in clock ticks since the machine's boot: with its number, this names it for good. Nothing if
@@ -205,9 +248,15 @@ mod tests {
                 session: 800,
                 start_time: 99_887,
                 is_zombie: false,
-                is_unkillable: true,
+                state: 'D',
             })
         );
+        let ended = |threads: &str| {
+            let stat = stat.replace("(b) D", "(b) Z").replace("20 0 1 0", threads);
+            Process::parse(&stat).unwrap().is_zombie
+        };
+        assert!(ended("20 0 1 0"));
+        assert!(!ended("20 0 2 0"), "one of its threads lives");
         for cut in 0..stat.len() {
             let _ = Process::parse(&stat[..cut]);
         }

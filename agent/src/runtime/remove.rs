@@ -73,6 +73,9 @@ pub(crate) fn named_directories<T: FromStr + ToString + Ord>(parent: &Path) -> i
             }
             continue;
         }
+        if name == crate::state::MARK {
+            continue;
+        }
         match name.parse::<T>() {
             Ok(named) if named.to_string() == name => found.push(named),
             _ => tracing::warn!(path = %path.display(), "not one of ours; left alone"),

@@ -24,6 +24,7 @@ use trainyard_common::ids::AttemptRef;
 use trainyard_common::member::{EndCause, Ending};
 
 use trainyard_transport::clock::Clock;
+use trainyard_transport::sealed::FileRecord;
 
 use super::carrier::{carry, is_bundle};
 use super::cgroup::Cgroup;
@@ -196,11 +197,16 @@ pub(super) fn lock_for_good(dir: &AttemptDir) -> io::Result<bool> {
 }
 
 fn prepare(dir: &AttemptDir, cgroup: bool, agent: Option<UnixStream>) -> io::Result<Supervisor> {
-    let MemberFile { spec, settings, .. } = require(&dir.member())?;
+    let member: MemberFile = require(&dir.member())?;
     let signals = block_signals()?;
     nix::sys::prctl::set_child_subreaper(true)?;
     let cgroup = cgroup.then(|| Cgroup::create(dir.attempt())).flatten();
-    write_json(&dir.shim(), &identify(cgroup.as_ref()))?;
+    let shim = ShimFile {
+        member: Some(Box::new(member.clone())),
+        ..identify(cgroup.as_ref())
+    };
+    write_json(&dir.shim(), &shim)?;
+    let MemberFile { spec, settings, .. } = member;
     set_aside(dir, spec.procs_per_node)?;
     let identity = settings.run_as.as_ref().map(look_up);
     // The socket's address holds 108 bytes, fewer than a path may have.
@@ -220,7 +226,7 @@ fn prepare(dir: &AttemptDir, cgroup: bool, agent: Option<UnixStream>) -> io::Res
     })
 }
 
-pub(super) fn require<T: serde::de::DeserializeOwned>(path: &Path) -> io::Result<T> {
+pub(super) fn require<T: FileRecord>(path: &Path) -> io::Result<T> {
     read_json(path)?.ok_or_else(|| {
         let name = path.display();
         io::Error::new(io::ErrorKind::NotFound, format!("{name} is missing"))
@@ -234,6 +240,8 @@ pub(super) fn identify(cgroup: Option<&Cgroup>) -> ShimFile {
         start_time: Process::find(pid).map_or(0, |own| own.start_time),
         pid_namespace: pid_namespace(),
         cgroup: cgroup.map(|cgroup| cgroup.path().to_owned()),
+        member: None,
+        bundle: None,
     }
 }
 

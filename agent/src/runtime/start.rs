@@ -20,6 +20,7 @@ use tokio::time::sleep;
 use trainyard_transport::task::spawn;
 
 use super::dir::AttemptDir;
+use super::failpoint::point;
 use super::launch::INHERITED;
 
 /// What a spare shim has instead of a directory.
@@ -109,6 +110,7 @@ pub(super) fn start_shim(
     dir: &AttemptDir,
 ) -> io::Result<(Child, UnixStream)> {
     let log = open_log(dir)?;
+    point("shim.log");
     let (child, stream) = launch(command, dir.root(), log.try_clone()?.into(), log.into())?;
     Ok((child, UnixStream::from_std(stream)?))
 }
@@ -150,7 +152,9 @@ fn launch(
         .current_dir("/")
         .kill_on_drop(false);
     detach(&mut command);
-    Ok((command.spawn()?, ours))
+    let child = command.spawn()?;
+    point("shim.forked");
+    Ok((child, ours))
 }
 
 #[expect(unsafe_code, reason = "code between fork and exec")]

@@ -13,7 +13,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal as SignalName;
 use nix::sys::signalfd::SignalFd;
 use trainyard_common::logrecord::LogKind;
-use trainyard_common::member::{EndCause, Ending, Go, MemberSpec, RankEnd, Stop};
+use trainyard_common::member::{
+    Cleanup, EndCause, Ending, Go, LeftProcess, MemberSpec, RankEnd, Stop,
+};
 use trainyard_common::state::{ExitStatus, ReasonCode};
 use trainyard_common::units::format_duration;
 
@@ -42,8 +44,9 @@ const LEFTOVER_GRACE: Duration = Duration::from_secs(5);
 /// cannot die costs little.
 const FIRST_ROUND_GAP: Duration = Duration::from_millis(20);
 const MAX_ROUND_GAP: Duration = Duration::from_secs(1);
-/// A process that outlives SIGKILL by this much is told of in the shim's log.
-const UNKILLABLE_AFTER: Duration = Duration::from_secs(10);
+/// Processes that outlive SIGKILL by this much are told of, and the rest of the member's end does not wait for them. One
+/// that gives back a lot of memory takes a second or two.
+pub(super) const UNKILLABLE_AFTER: Duration = Duration::from_secs(5);
 /// How often a state that could not be written (a full disk) is written again.
 const STATUS_RETRY: Duration = Duration::from_secs(1);
 /// Ranks that run for so long keep their shim waiting; before that it is not worth the while.
@@ -80,6 +83,8 @@ pub(crate) struct Supervisor {
     signals: SignalFd,
     timer: Timer,
     phase: Phase,
+    /// Until when the ranks may live, if that is bounded.
+    lease: Lease,
     ranks: Vec<Rank>,
     pipes: Vec<Pipe>,
     output: Option<Output>,
@@ -111,6 +116,39 @@ enum Phase {
     Gone,
 }
 
+/// Until when a member may live without news of the coordinator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lease {
+    /// For ever: its policy has no lease.
+    Unbounded,
+    /// It has one, and nobody has said yet until when. Nothing is started before.
+    Awaited,
+    /// Until then, if nobody says later.
+    Until(BootTime),
+    /// It is over, for good.
+    Over,
+}
+
+impl Lease {
+    /// Takes an end that is later than the one that is known.
+    fn renew(&mut self, end: BootTime) {
+        match *self {
+            Self::Awaited => *self = Self::Until(end),
+            Self::Until(known) => *self = Self::Until(known.max(end)),
+            Self::Unbounded | Self::Over => {}
+        }
+    }
+
+    /// Whether ranks may start now.
+    fn lets_start(self) -> bool {
+        match self {
+            Self::Unbounded => true,
+            Self::Until(end) => BootTime::now() < end,
+            Self::Awaited | Self::Over => false,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Stopping {
     cause: EndCause,
@@ -121,7 +159,8 @@ struct Stopping {
     next_round: BootTime,
     gap: Duration,
     first_kill: Option<BootTime>,
-    told_unkillable: bool,
+    /// What was told to be left last.
+    left: Option<(Vec<LeftProcess>, u32)>,
 }
 
 impl Stopping {
@@ -143,6 +182,7 @@ impl Stopping {
 impl Supervisor {
     pub(crate) fn new(parts: Parts) -> io::Result<Self> {
         let port = parts.port.port();
+        let lease = parts.spec.lease;
         Ok(Self {
             peers: Peers::new(parts.listener, parts.agent)?,
             timer: Timer::new()?,
@@ -155,6 +195,10 @@ impl Supervisor {
             signals: parts.signals,
             clock: Clock::start(),
             phase: Phase::Waiting,
+            lease: match lease {
+                None => Lease::Unbounded,
+                Some(_) => Lease::Awaited,
+            },
             ranks: Vec::new(),
             pipes: Vec::new(),
             output: None,
@@ -201,6 +245,8 @@ impl Supervisor {
             // A rank that failed before a stop came in is what ended the member.
             self.advance();
         }
+        // Before anybody is heard: a lease that is over is not renewed, however late this process was to notice.
+        self.mind_lease();
         let commands = self.peers.serve(ready);
         for command in commands {
             self.obey(command);
@@ -221,14 +267,41 @@ impl Supervisor {
     }
 
     fn obey(&mut self, command: Command) {
+        if let Some(uptime) = command.lease {
+            self.lease.renew(BootTime::since_boot(uptime));
+        }
         if let Some(stop) = command.stop {
             self.stop(EndCause::Stopped, stop_message(&stop), stop.grace);
         }
         if let Some(go) = command.go
             && matches!(self.phase, Phase::Waiting)
         {
-            self.go(go, command.interface);
+            match self.lease.lets_start() {
+                true => self.go(go, command.interface),
+                false => self.end_lease(),
+            }
         }
+    }
+
+    /// Ends the member if its lease is over.
+    fn mind_lease(&mut self) {
+        if let Lease::Until(end) = self.lease
+            && end <= BootTime::now()
+        {
+            self.end_lease();
+        }
+    }
+
+    fn end_lease(&mut self) {
+        let lease = format_duration(self.spec.lease.unwrap_or_default());
+        let message = match self.lease {
+            Lease::Awaited => "nobody said that the coordinator is within reach".to_owned(),
+            Lease::Unbounded | Lease::Until(_) | Lease::Over => {
+                format!("the coordinator was out of reach for {lease}")
+            }
+        };
+        self.lease = Lease::Over;
+        self.stop(EndCause::LeaseExpired, message, self.spec.grace);
     }
 
     /// Reads what is there, at most so many buffers.
@@ -297,6 +370,7 @@ impl Supervisor {
             go: Some(go.clone()),
             interface: interface.clone(),
             stop: None,
+            lease: None,
         };
         if let Err(error) = self.prepare_start(&record) {
             return self.finish(EndCause::PrepareFailed, error);
@@ -327,6 +401,10 @@ impl Supervisor {
             identity: self.identity.clone(),
         };
         self.oom = Some(OomCounter::start(self.cgroup.as_ref()));
+        // Asked again: the disk may have taken its time.
+        if !self.lease.lets_start() {
+            return self.end_lease();
+        }
         self.port.release();
         let started_at = self.clock.now();
         let limit = self
@@ -429,7 +507,7 @@ impl Supervisor {
                     next_round: now.after(FIRST_ROUND_GAP),
                     gap: FIRST_ROUND_GAP,
                     first_kill: None,
-                    told_unkillable: false,
+                    left: None,
                 });
                 if !self.is_empty() {
                     self.tree().terminate();
@@ -496,33 +574,31 @@ impl Supervisor {
         }
         stopping.next_round(now);
         let first = *stopping.first_kill.get_or_insert(now);
-        let tell = !stopping.told_unkillable && first.until(now) > UNKILLABLE_AFTER;
-        stopping.told_unkillable |= tell;
+        let tell = first.until(now) > UNKILLABLE_AFTER;
         self.tree().kill();
         self.reap();
         if tell {
-            let left = self.describe_living();
-            note(&format!(
-                "still waiting for processes that do not die: {left}"
-            ));
+            self.tell_left();
         }
     }
 
-    fn describe_living(&self) -> String {
+    /// Tells what outlives SIGKILL, if that is news.
+    fn tell_left(&mut self) {
         let living = self.tree().living();
-        let names: Vec<String> = living
-            .iter()
-            .take(16)
-            .map(|process| {
-                let state = if process.is_unkillable {
-                    " (uninterruptible)"
-                } else {
-                    ""
-                };
-                format!("pid {}{state}", process.pid)
-            })
-            .collect();
-        names.join(", ")
+        let left = process::left(&living);
+        let Phase::Stopping(stopping) = &mut self.phase else {
+            return;
+        };
+        if stopping.left.as_ref() == Some(&left) || (living.is_empty() && self.childless) {
+            return;
+        }
+        stopping.left = Some(left.clone());
+        let (cause, message) = (stopping.cause, stopping.message.clone());
+        let (left, more) = left;
+        let ending = self.ending(cause, message, String::new());
+        let cleanup = Cleanup { ending, left, more };
+        note(&format!("processes outlive SIGKILL: {}", cleanup.told()));
+        self.set_state(ShimState::CleanupPending(cleanup));
     }
 
     /// Whether nothing of the attempt is left. No children means no descendants; what left the tree all the same (moved
@@ -559,6 +635,12 @@ impl Supervisor {
             .zip(unmarked)
             .filter_map(|(rank, unmarked)| Some((rank.rank, unmarked?)))
             .collect();
+        let ending = self.ending(cause, message, output::warning(&unmarked));
+        self.phase = Phase::Gone;
+        self.set_state(ShimState::Gone(ending));
+    }
+
+    fn ending(&self, cause: EndCause, message: String, warning: String) -> Ending {
         let ended_at = self.clock.now();
         let ranks = self.ranks.iter().map(|rank| {
             rank.end.unwrap_or(RankEnd {
@@ -569,7 +651,7 @@ impl Supervisor {
                 oom_killed: false,
             })
         });
-        let ending = Ending {
+        Ending {
             cause,
             message,
             started: self.started,
@@ -577,10 +659,8 @@ impl Supervisor {
             ended_at,
             outputs: None,
             checkpoint: None,
-            warning: output::warning(&unmarked),
-        };
-        self.phase = Phase::Gone;
-        self.set_state(ShimState::Gone(ending));
+            warning,
+        }
     }
 
     fn shrink(&mut self) {
@@ -635,6 +715,11 @@ impl Supervisor {
             Phase::Stopping(stopping) => Some(stopping.deadline(self.childless)),
         };
         let write = self.unwritten.then_some(self.write_again);
+        let lease = match self.lease {
+            Lease::Until(end) => Some(end),
+            Lease::Unbounded | Lease::Awaited | Lease::Over => None,
+        };
+        let write = write.into_iter().chain(lease);
         phase.into_iter().chain(write).chain(self.shrink_at).min()
     }
 }

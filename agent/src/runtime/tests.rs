@@ -1,9 +1,14 @@
 //! Members with real shims and real processes. The shim program is this test binary itself, called so that it runs
 //! nothing but [`shim_entry`].
 
+mod damage;
+mod dying;
 mod ending;
+mod golden;
+mod lease;
 mod recovery;
 mod starting;
+mod unkillable;
 
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -30,6 +35,8 @@ use super::*;
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// Makes the shim do without a cgroup. It is an option of the test program that changes nothing otherwise.
 const NO_CGROUP: &str = "no-cgroup";
+/// Makes the shim wait before it does anything, in the same way.
+const SLOW_SHIM: &str = "slow-shim";
 
 /// Returns at once in an ordinary test run, and is the shim when it is called as one.
 #[test]
@@ -45,6 +52,9 @@ fn shim_entry() {
                 .iter()
                 .any(|file| dir.join(file).exists()))
     {
+        if arguments.iter().any(|argument| argument == SLOW_SHIM) {
+            let _ = nix::poll::poll(&mut [], nix::poll::PollTimeout::from(300_u16));
+        }
         let cgroup = !arguments.iter().any(|argument| argument == NO_CGROUP);
         let _ = shim::supervise(dir, cgroup);
         std::process::exit(0);
@@ -92,6 +102,7 @@ pub(super) fn spec(command: &[&str]) -> MemberSpec {
         resume_from: Vec::new(),
         time_limit: None,
         grace: Duration::from_secs(60),
+        lease: None,
     }
 }
 

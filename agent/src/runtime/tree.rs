@@ -161,7 +161,7 @@ mod tests {
             session,
             start_time: u64::try_from(pid).unwrap(),
             is_zombie: false,
-            is_unkillable: false,
+            state: 'S',
         }
     }
 
@@ -189,6 +189,8 @@ mod tests {
             start_time: 10,
             pid_namespace: String::new(),
             cgroup: None,
+            member: None,
+            bundle: None,
         };
         let mut all = vec![process(40, 1, 10), process(41, 1, 11), process(9, 1, 10)];
         assert_eq!(orphaned_session(&all, &shim), [40]);

@@ -3,11 +3,14 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use trainyard_common::ids::AttemptRef;
-use trainyard_common::member::{Go, MemberSpec, Stop};
+use trainyard_common::member::{Cleanup, Go, MemberSpec, Stop};
+use trainyard_transport::sealed::FileRecord;
 
+use super::carrier::BundleFile;
 use super::{RunAs, ShimState};
 
 /// Longest line on the socket. A go message of the largest gang (10,000 addresses of up to 45 bytes) and the ends of
@@ -15,7 +18,7 @@ use super::{RunAs, ShimState};
 pub(crate) const MAX_LINE: usize = 1 << 20;
 
 /// `member.json`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MemberFile {
     pub(crate) attempt: AttemptRef,
     pub(crate) spec: MemberSpec,
@@ -23,7 +26,7 @@ pub(crate) struct MemberFile {
 }
 
 /// What the shim must know and the coordinator did not say.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Settings {
     /// The kernel's boot id when the member was accepted.
     pub(crate) boot_id: String,
@@ -34,7 +37,7 @@ pub(crate) struct Settings {
 }
 
 /// `shim.json`: who the shim is, written before it does anything; for cleaning up after its death.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ShimFile {
     pub(crate) pid: i32,
     /// In clock ticks since boot, as in `/proc/PID/stat`.
@@ -43,10 +46,35 @@ pub(crate) struct ShimFile {
     #[serde(default)]
     pub(crate) pid_namespace: String,
     pub(crate) cgroup: Option<PathBuf>,
+    /// What the shim found in `member.json` or `bundle.json`, for an agent that finds that file damaged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) member: Option<Box<MemberFile>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) bundle: Option<Box<BundleFile>>,
+}
+
+impl FileRecord for MemberFile {
+    const KIND: &'static str = "member";
+    const VERSION: u32 = 2;
+}
+
+impl FileRecord for ShimFile {
+    const KIND: &'static str = "shim";
+    const VERSION: u32 = 2;
+}
+
+impl FileRecord for Command {
+    const KIND: &'static str = "go";
+    const VERSION: u32 = 2;
+}
+
+impl FileRecord for Status {
+    const KIND: &'static str = "status";
+    const VERSION: u32 = 2;
 }
 
 /// One line from agent to shim, and the content of `go.json`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Command {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) go: Option<Go>,
@@ -54,12 +82,40 @@ pub(crate) struct Command {
     pub(crate) interface: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) stop: Option<Stop>,
+    /// How long the machine will have been up (its sleep included) when the lease is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) lease: Option<Duration>,
 }
 
 /// One line from shim to agent, and the content of `status.json`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Status {
-    pub(crate) state: ShimState,
+    state: ShimState,
+    /// Beside `STOPPING`, so that an agent that does not know of it understands the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cleanup: Option<Cleanup>,
+}
+
+impl Status {
+    pub(crate) fn new(state: ShimState) -> Self {
+        match state {
+            ShimState::CleanupPending(cleanup) => Self {
+                state: ShimState::Stopping,
+                cleanup: Some(cleanup),
+            },
+            state => Self {
+                state,
+                cleanup: None,
+            },
+        }
+    }
+
+    pub(crate) fn into_state(self) -> ShimState {
+        match (self.state, self.cleanup) {
+            (ShimState::Stopping, Some(cleanup)) => ShimState::CleanupPending(cleanup),
+            (state, _) => state,
+        }
+    }
 }
 
 /// `message` as one line with its end.

@@ -26,6 +26,8 @@ pub(super) struct Slots {
     file: File,
     /// The number of the newest text; its lowest bit tells its slot.
     newest: u64,
+    /// Where a slot lies that was not whole when it was opened.
+    damaged: Option<u64>,
 }
 
 impl Slots {
@@ -37,6 +39,7 @@ impl Slots {
         Ok(Self {
             file: OpenOptions::new().read(true).write(true).open(path)?,
             newest: 1,
+            damaged: None,
         })
     }
 
@@ -49,9 +52,24 @@ impl Slots {
         let mut bytes = [0; 2 * SLOT_BYTES];
         file.read_exact_at(&mut bytes, 0)?;
         let (first, second) = bytes.split_at(SLOT_BYTES);
-        let newest = [first, second].into_iter().filter_map(decode);
+        let slots = [first, second].map(decode);
+        let place = slots.iter().position(Option::is_none);
+        let damaged = place.map(|place| place as u64 * SLOT_OFFSET);
+        let newest = slots.into_iter().flatten();
         let newest = newest.max_by_key(|(number, _)| *number);
-        Ok(newest.map(|(newest, text)| (Self { file, newest }, text)))
+        Ok(newest.map(|(newest, text)| {
+            let slots = Self {
+                file,
+                newest,
+                damaged,
+            };
+            (slots, text)
+        }))
+    }
+
+    /// Where the slot lies that was not whole when the file was opened, if one was not: torn, or damaged since.
+    pub(super) fn damaged(&self) -> Option<u64> {
+        self.damaged
     }
 
     /// Replaces the text; it is on disk then. After a failure the old one is still there. It blocks.

@@ -42,7 +42,7 @@ use trainyard_transport::server::{ServerLimits, ServerTls, incoming};
 use trainyard_transport::token::{JoinToken, Secret, TokenKind};
 use trainyard_transport::tree::{Tree, digest_of};
 
-use crate::state::CREDENTIALS;
+use crate::state::{ATTEMPTS, BUNDLES, CREDENTIALS};
 use crate::{Config, Error, ExitReason};
 use trainyard_transport::clock::wall_now;
 use trainyard_transport::task::{AbortOnDrop, spawn};
@@ -354,6 +354,7 @@ impl Peer {
             node: NODE.0,
             heartbeat_interval: Some(convert::duration(heartbeat)),
             lease: Some(convert::duration(heartbeat * 6)),
+            now: None,
         }))
         .await;
         for page in desired_pages(desired) {
@@ -508,6 +509,12 @@ impl World {
         let credentials = enrol(&self.token, "gpu-1").await.unwrap();
         assert_eq!(credentials.identity, Identity::Node(NODE));
         credentials.save(&self.dir().join(CREDENTIALS)).unwrap();
+        // As if it had run before, in the form of before: what the first session names is new to it.
+        for place in [ATTEMPTS, BUNDLES] {
+            std::fs::create_dir_all(self.dir().join(place)).unwrap();
+        }
+        let state = "{\"incarnation\":0,\"term\":0}";
+        std::fs::write(self.dir().join("agent.json"), state).unwrap();
     }
 
     pub(super) fn dir(&self) -> PathBuf {
@@ -589,6 +596,7 @@ pub(super) fn member(id: &str, script: &str) -> DesiredMember {
             resume_from: Vec::new(),
             time_limit: None,
             grace: Duration::from_secs(10),
+            lease: None,
         },
     }
 }

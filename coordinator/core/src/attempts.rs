@@ -2,7 +2,8 @@
 //! some of them. It decides from rows alone; who reported what, and in which session, was checked before.
 
 use trainyard_common::ids::{AttemptRef, NodeId};
-use trainyard_common::member::{EndCause, Ending, RankEnd};
+use trainyard_common::member::{EndCause, Ending, REBOOTED_AT, RankEnd};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{AttemptRecord, NodeRecord, TaskRecord};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{
@@ -12,6 +13,7 @@ use trainyard_common::time::Timestamp;
 use trainyard_common::units::format_duration;
 
 use crate::Core;
+use crate::cleanup::{self, is_over, lingers};
 use crate::effect::Command;
 use crate::gang;
 use crate::tables::is_released;
@@ -66,6 +68,7 @@ impl Core {
             .members
             .iter()
             .all(|member| member.phase >= MemberPhase::Ready && !is_released(member.phase));
+        let all_ready = all_ready || planted(Mutation::GoWhenAnyReady);
         if attempt.outcome.is_some() || attempt.ready_at.is_some() || !all_ready {
             return;
         }
@@ -171,15 +174,17 @@ impl Core {
         let interrupted =
             |code, message: String| Some(Decision::interrupted(code, &[node], message));
         match ending.cause {
-            EndCause::Completed if !gang::all_succeeded(spec, rank, member) => interrupted(
-                ReasonCode::SupervisorLost,
-                format!("{node} reported an end without the exit status 0 of every rank"),
-            ),
+            EndCause::Completed
+                if !gang::all_succeeded(spec, rank, member)
+                    && !planted(Mutation::CompletedIsSuccess) =>
+            {
+                interrupted(
+                    ReasonCode::SupervisorLost,
+                    format!("{node} reported an end without the exit status 0 of every rank"),
+                )
+            }
             EndCause::Completed => {
-                let all_over = attempt
-                    .members
-                    .iter()
-                    .all(|member| is_released(member.phase));
+                let all_over = attempt.members.iter().all(|member| is_over(member.phase));
                 all_over.then(|| Decision {
                     outcome: Outcome::Succeeded,
                     reason: Reason::new(ReasonCode::Completed, "every rank exited with 0"),
@@ -220,7 +225,15 @@ impl Core {
             }
             EndCause::SupervisorLost => interrupted(
                 ReasonCode::SupervisorLost,
-                because("the exit status is not known, the supervisor was lost on"),
+                because("the exit status is UNKNOWN (supervisor killed) on"),
+            ),
+            EndCause::LeaseExpired => interrupted(
+                ReasonCode::LeaseExpired,
+                because("lost the coordinator for longer than the lease on"),
+            ),
+            EndCause::NodeRebooted if ending.message.starts_with(REBOOTED_AT) => interrupted(
+                ReasonCode::NodeRebooted,
+                format!("node {node} {}", ending.message),
             ),
             EndCause::NodeRebooted => interrupted(
                 ReasonCode::NodeRebooted,
@@ -239,17 +252,25 @@ impl Core {
         let Some(attempt) = self.t.attempt_mut(id) else {
             return;
         };
-        if attempt.outcome.is_some() {
+        if attempt.outcome.is_some() && !planted(Mutation::DecidedTwice) {
             return;
         }
         attempt.outcome = Some(decision.outcome);
         attempt.reason = decision.reason.clone();
         attempt.exit = decision.exit;
+        let started_at = attempt.started_at;
         attempt.failed_rank = decision.failed_rank;
         attempt.state = AttemptState::Stopping;
         let running: Vec<usize> = (0..attempt.members.len())
             .filter(|rank| !is_released(attempt.members[*rank].phase))
             .collect();
+        let went_down = matches!(
+            decision.reason.code,
+            ReasonCode::NodeLost | ReasonCode::NodeRebooted
+        );
+        if let (true, Some(started_at)) = (went_down, started_at) {
+            self.note_taken_down(now, (id.job, id.task), started_at, &decision.bad_nodes);
+        }
         if !decision.bad_nodes.is_empty() {
             self.live
                 .avoid
@@ -288,6 +309,9 @@ impl Core {
         };
         if before == MemberPhase::Uploading {
             self.give_up_upload(id, rank, &why.message);
+        }
+        if before == MemberPhase::CleanupPending {
+            self.member_cleaned(now, id, node);
         }
         if !is_released(before) {
             self.wants_schedule = true;
@@ -351,16 +375,68 @@ impl Core {
         if attempt.state == AttemptState::Ended {
             return;
         }
-        if open.clone().next().is_none() {
+        let most = usize::from(planted(Mutation::ClosedWithOneLeft));
+        if open.clone().count() <= most {
             self.close(now, id, AttemptState::Ended);
         } else if !lost
             && self.may_replace(attempt)
-            && open.all(|member| {
-                !is_released(member.phase) && self.is_given_up(now, attempt, member.node)
+            && open.clone().all(|member| {
+                !is_released(member.phase)
+                    && self.is_given_up(now, attempt, member.node)
+                    // Under a lease nothing may overlap, and this is known to live.
+                    && (attempt.lease.is_none() || !lingers(member))
             })
         {
+            self.label_unconfirmed(id);
             self.close(now, id, AttemptState::Lost);
+        } else if !lost
+            && open.all(|member| {
+                let given_up = || self.is_given_up(now, attempt, member.node);
+                lingers(member)
+                    || (!is_released(member.phase) && self.may_replace(attempt) && given_up())
+            })
+        {
+            self.settle_over(now, id);
         }
+    }
+
+    /// Nothing of the attempt is left but processes that outlive SIGKILL: its task is over, or waits for them.
+    fn settle_over(&mut self, now: Timestamp, id: AttemptRef) {
+        if self.is_tried_again(now, id) {
+            return self.explain_cleanup(now, id);
+        }
+        if let Some(attempt) = self.t.attempt_mut(id) {
+            cleanup::tell_pending(attempt);
+        }
+        self.close(now, id, AttemptState::Lost);
+    }
+
+    /// Says of an attempt that was decided for another reason where its end is not confirmed, before it is over for its
+    /// user.
+    fn label_unconfirmed(&mut self, id: AttemptRef) {
+        let Some(attempt) = self.t.attempt_mut(id) else {
+            return;
+        };
+        let said = matches!(
+            attempt.reason.code,
+            ReasonCode::NodeLost | ReasonCode::LeaseExpired
+        );
+        if said || attempt.lease.is_some() {
+            return; // Under a lease the node has ended it, wherever it may be.
+        }
+        let nodes: Vec<String> = attempt
+            .members
+            .iter()
+            .filter(|member| member.phase != MemberPhase::Ended)
+            .map(|member| member.node.to_string())
+            .collect();
+        let message = format!(
+            "{}; attempt {} unconfirmed on {}",
+            attempt.reason.message,
+            id.attempt,
+            nodes.join(", ")
+        );
+        attempt.reason = Reason::new(attempt.reason.code, message);
     }
 
     /// Says at a member what of it is lost with an upload that nobody waits for any more.
@@ -411,12 +487,15 @@ impl Core {
             .map(|member| member.node);
         let Some(node) = silent else { return };
         if self.may_replace(attempt) {
-            let message = format!("attempt {} unconfirmed on {node}", id.attempt);
-            return self.decide(
-                now,
-                id,
-                Decision::interrupted(ReasonCode::NodeLost, &[node], message),
-            );
+            let (code, message) = match attempt.lease {
+                None => {
+                    let message = format!("attempt {} unconfirmed on {node}", id.attempt);
+                    (ReasonCode::NodeLost, message)
+                }
+                // The node has ended it, wherever it may be.
+                Some(_) => (ReasonCode::LeaseExpired, format!("lease over on {node}")),
+            };
+            return self.decide(now, id, Decision::interrupted(code, &[node], message));
         }
         if attempt.reason.code == ReasonCode::NodeUnreachable {
             return;
@@ -481,15 +560,15 @@ impl Core {
         self.t
             .jobs
             .get(&attempt.id.job)
-            .is_none_or(|job| job.spec.on_disconnect == OnDisconnect::Replace)
+            .is_none_or(|job| match job.spec.on_disconnect {
+                OnDisconnect::Replace | OnDisconnect::Stop => true,
+                OnDisconnect::Wait => planted(Mutation::ReplaceWaiting),
+            })
     }
 
     /// Whether a node is silent for so long that an attempt of this size need not wait for it.
     fn is_given_up(&self, now: Timestamp, attempt: &AttemptRecord, node: NodeId) -> bool {
-        let limit = match attempt.members.len() {
-            0 | 1 => self.config.lost_after,
-            _ => self.config.lost_after_gang,
-        };
+        let limit = self.patience(attempt) / (1 + u32::from(planted(Mutation::HalfSilence)));
         let heard = self
             .live
             .last_heard
@@ -517,13 +596,17 @@ impl Core {
         };
         let first_time = !attempt.state.is_over();
         attempt.state = state;
+        if !first_time {
+            cleanup::tell_done(attempt);
+        }
         let ended_at = ended_at(attempt, now);
         attempt.ended_at.get_or_insert(ended_at);
         let carried = self.t.is_carried(id);
         let Some(attempt) = self.t.attempts.get(&id) else {
             return;
         };
-        if state == AttemptState::Ended && !carried {
+        let forget = state == AttemptState::Ended || planted(Mutation::ForgetLost);
+        if forget && !carried {
             let nodes: Vec<NodeId> = attempt.members.iter().map(|member| member.node).collect();
             for node in nodes {
                 self.send(node, Command::Forget(id));
@@ -555,7 +638,7 @@ impl Core {
 }
 
 /// When the last rank of an attempt was gone, as the agents told it; now, if not every member told of its ranks.
-fn ended_at(attempt: &AttemptRecord, now: Timestamp) -> Timestamp {
+pub(crate) fn ended_at(attempt: &AttemptRecord, now: Timestamp) -> Timestamp {
     let ends = attempt.members.iter().map(|member| {
         let ends = member.ranks.iter().map(|end| end.at);
         ends.max()

@@ -9,6 +9,7 @@ use trainyard_common::bundle::{
 use trainyard_common::ids::{BundleRef, JobId, NodeId};
 use trainyard_common::limits;
 use trainyard_common::member::{MemberSpec, Stop};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{AttemptRecord, BundleRecord, BundleState, JobRecord};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{Reason, ReasonCode};
@@ -249,10 +250,15 @@ impl Core {
     }
 
     /// Nothing of the bundle ran in time. Its tasks go the single way once the agent has given them back.
-    pub(crate) fn bundle_timed_out(&mut self, id: BundleRef) {
+    pub(crate) fn bundle_timed_out(&mut self, now: Timestamp, id: BundleRef) {
         let Some(node) = self.t.bundles.get(&id).map(|bundle| bundle.node) else {
             return;
         };
+        if self.is_silent(node) {
+            // Its tasks may run there by now. How long a silent node is waited for is its policy's business.
+            let again = now.after(self.config.prepare_timeout);
+            return self.live.arm_bundle(id, Some(again));
+        }
         let message = format!(
             "{node} not ready within {}",
             format_duration(self.config.prepare_timeout)
@@ -304,7 +310,7 @@ impl Core {
             return;
         }
         let replace = |job: &JobRecord| job.spec.on_disconnect == OnDisconnect::Replace;
-        if self.t.jobs.get(&id.job).is_none_or(replace) {
+        if self.t.jobs.get(&id.job).is_none_or(replace) || planted(Mutation::WaitingBundleLost) {
             return self.lose_bundle(now, id);
         }
         if bundle.reason.code == ReasonCode::NodeUnreachable
@@ -398,6 +404,7 @@ impl Core {
 /// Whether the bundle may get more tasks.
 pub(crate) fn takes_tasks(bundle: &BundleRecord) -> bool {
     matches!(bundle.state, BundleState::Placed | BundleState::Running)
+        || (planted(Mutation::ClosedBundleFilled) && bundle.state == BundleState::Closing)
 }
 
 /// How each task of the bundle is started.
@@ -419,6 +426,7 @@ fn task_spec(job: &JobRecord, bundle: &BundleRecord) -> MemberSpec {
         resume_from: Vec::new(),
         time_limit: spec.time_limit,
         grace: spec.grace,
+        lease: None, // Such a job is never bundled.
     }
 }
 

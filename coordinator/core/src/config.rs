@@ -14,10 +14,18 @@ pub struct Config {
     pub lost_after: Duration,
     /// The same for attempts with more than one member.
     pub lost_after_gang: Duration,
+    /// Under the policy `stop`: what is waited beyond the lease, its drift and the grace.
+    pub lease_margin: Duration,
     /// Time in which all members of an attempt must be ready.
     pub prepare_timeout: Duration,
     /// Attempts in a row that may end for a cause in the infrastructure before the task fails, at least 1.
     pub max_infrastructure_failures: u32,
+    /// Different nodes that may go down with a task running there before it is not tried again, at least 1.
+    pub max_nodes_taken_down: usize,
+    /// Failed attempts in a row that may end soon after their start before the task is not tried again, at least 1.
+    pub max_early_ends: u32,
+    /// How long the node of an agent that crashes again and again gets no new work; zero is not at all.
+    pub crash_pause: Duration,
     /// Jobs in a non-terminal state.
     pub max_live_jobs: usize,
     /// Jobs in a non-terminal state of one user.
@@ -30,14 +38,25 @@ pub struct Config {
     pub request_id_retention: Duration,
 }
 
+impl Config {
+    /// Silence after which a node is suspected of being unreachable: half of what makes it that.
+    pub(crate) fn suspect_after(&self) -> Duration {
+        self.unreachable_after / 2
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
             unreachable_after: limits::UNREACHABLE_AFTER,
             lost_after: limits::LOST_AFTER,
             lost_after_gang: limits::LOST_AFTER_GANG,
+            lease_margin: limits::LEASE_MARGIN,
             prepare_timeout: limits::PREPARE_TIMEOUT,
             max_infrastructure_failures: limits::MAX_INFRASTRUCTURE_FAILURES,
+            max_nodes_taken_down: limits::MAX_NODES_TAKEN_DOWN,
+            max_early_ends: limits::MAX_EARLY_ENDS,
+            crash_pause: limits::CRASH_PAUSE,
             max_live_jobs: limits::MAX_LIVE_JOBS,
             max_live_jobs_per_user: limits::MAX_LIVE_JOBS_PER_USER,
             max_nodes: limits::MAX_NODES,

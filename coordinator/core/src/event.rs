@@ -164,6 +164,13 @@ pub enum Event {
         /// On which node.
         node: NodeId,
     },
+    /// An agent said that its process ends on purpose; its members live on.
+    GoodbyeSaid {
+        /// In which session.
+        session: SessionId,
+        /// On which node.
+        node: NodeId,
+    },
     /// A session is over, for whatever cause.
     SessionEnded {
         /// Which one.
@@ -191,6 +198,8 @@ pub struct Registration {
     pub boot_id: String,
     /// The agent's version.
     pub agent_version: String,
+    /// What an earlier process of the agent said before it crashed; empty if nothing.
+    pub last_words: String,
     /// The address at which other nodes reach it.
     pub address: String,
     /// What the machine has.

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use trainyard_common::ids::{UserName, WorkspaceName};
 use trainyard_common::member::{DesiredMember, DesiredPhase, Go, MemberSpec, OWN_ADDRESS, Stop};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, NodeRecord};
 use trainyard_common::spec::{JobSpec, Launcher};
 use trainyard_common::state::{AttemptState, MemberPhase, Outcome, ReasonCode};
@@ -104,7 +105,8 @@ pub(crate) fn desired(
     if member.phase == MemberPhase::Ended {
         return None;
     }
-    let undecided = attempt.outcome.is_none() && attempt.state != AttemptState::Lost;
+    let undecided = (attempt.outcome.is_none() && attempt.state != AttemptState::Lost)
+        || planted(Mutation::DecidedToldToRun);
     let uploads = attempt.outcome == Some(Outcome::Succeeded);
     let grace = job.map_or(trainyard_common::limits::DEFAULT_GRACE, |job| {
         job.spec.grace
@@ -154,6 +156,7 @@ fn member_spec(
         resume_from: attempt.resume_from.clone(),
         time_limit: spec.time_limit,
         grace: spec.grace,
+        lease: attempt.lease,
     }
 }
 
@@ -181,5 +184,6 @@ pub(crate) fn bare_spec(nodes: usize, rank: usize, member: Option<&MemberRecord>
         resume_from: Vec::new(),
         time_limit: None,
         grace: trainyard_common::limits::DEFAULT_GRACE,
+        lease: None,
     }
 }

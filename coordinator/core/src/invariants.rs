@@ -8,6 +8,7 @@ use trainyard_common::record::{AttemptRecord, BundleRecord, BundleState, JobReco
 use trainyard_common::state::{AttemptState, JobState, MemberPhase, Outcome};
 
 use crate::Core;
+use crate::cleanup::{is_over, lingers};
 use crate::gang;
 use crate::sessions::was_seen;
 use crate::tables::{
@@ -235,6 +236,10 @@ fn check_attempt(core: &Core, attempt: &AttemptRecord, wrong: &mut Vec<String>) 
         let known = core.t.nodes.contains_key(&member.node) || member.phase == MemberPhase::Ended;
         expect(known, "a member is on a node that is not there");
         expect(!member.address.is_empty(), "a member has no address");
+        expect(
+            !lingers(member) || !member.cleanup.is_empty(),
+            "a member is quarantined and nothing is said to be left",
+        );
     }
     let Some(job) = job else { return };
     expect(
@@ -247,7 +252,7 @@ fn check_attempt(core: &Core, attempt: &AttemptRecord, wrong: &mut Vec<String>) 
     );
     if attempt.outcome == Some(Outcome::Succeeded) {
         let all = attempt.members.iter().enumerate().all(|(rank, member)| {
-            is_released(member.phase) && gang::all_succeeded(&job.spec, rank, member)
+            is_over(member.phase) && gang::all_succeeded(&job.spec, rank, member)
         });
         expect(all, "it succeeded without the exit status 0 of every rank");
     }
@@ -349,6 +354,7 @@ fn check_bundle(core: &Core, bundle: &BundleRecord, wrong: &mut Vec<String>) {
 fn check_usage(core: &Core, wrong: &mut Vec<String>) {
     let mut usage: BTreeMap<NodeId, Usage> = BTreeMap::new();
     let mut on_node: BTreeMap<NodeId, BTreeSet<_>> = BTreeMap::new();
+    let mut quarantined: BTreeMap<NodeId, BTreeSet<_>> = BTreeMap::new();
     for bundle in core.t.bundles.values() {
         if width(bundle) > 0 {
             usage.entry(bundle.node).or_default().add_bundle(bundle);
@@ -361,6 +367,10 @@ fn check_usage(core: &Core, wrong: &mut Vec<String>) {
         for member in &attempt.members {
             if member.phase != MemberPhase::Ended {
                 on_node.entry(member.node).or_default().insert(attempt.id);
+            }
+            if lingers(member) {
+                let there = quarantined.entry(member.node).or_default();
+                there.insert(attempt.id);
             }
             if is_released(member.phase) {
                 continue;
@@ -385,6 +395,9 @@ fn check_usage(core: &Core, wrong: &mut Vec<String>) {
     }
     if on_node != core.t.on_node {
         wrong.push("the index of attempts by node is wrong".to_owned());
+    }
+    if quarantined != core.t.quarantined {
+        wrong.push("the index of what is quarantined is wrong".to_owned());
     }
     for (id, used) in &usage {
         let Some(node) = core.t.nodes.get(id) else {
@@ -489,6 +502,7 @@ fn check_timers(core: &Core, wrong: &mut Vec<String>) {
         wrong.push("the timers of attempts that prepare do not agree".to_owned());
     }
     wrong.extend(core.live.troubles.check());
+    wrong.extend(core.live.crashes.check());
     let retries: BTreeSet<_> = core
         .live
         .not_before

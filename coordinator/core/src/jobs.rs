@@ -5,6 +5,7 @@ use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{
     AttemptRef, Digest, JobId, RequestId, TaskIndex, UserName, WorkspaceName,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{CancelRequest, JobRecord, Target, TaskCounts};
 use trainyard_common::spec::JobSpec;
 use trainyard_common::state::{JobState, Outcome, Reason, ReasonCode};
@@ -40,7 +41,7 @@ impl Core {
             .requests
             .get(&(new.owner.clone(), new.request_id.clone()))
         {
-            return if known.digest == new.digest {
+            return if known.digest == new.digest || planted(Mutation::DigestIgnored) {
                 Ok(Answer::Submitted {
                     job: known.job,
                     repeated: true,
@@ -53,7 +54,7 @@ impl Core {
         self.check_room(&new.owner)?;
         let reason = self.first_reason(&new.spec, new.allow_infeasible)?;
         let id = self.t.next_job;
-        self.t.next_job = JobId(id.0 + 1);
+        self.t.next_job = JobId(id.0 + u64::from(!planted(Mutation::JobIdReused)));
         let first = new.spec.array.map_or(0, |array| array.first);
         let job = JobRecord {
             id,
@@ -76,15 +77,14 @@ impl Core {
             spec: new.spec,
         };
         self.t.insert_job(job);
-        self.t.remember(
-            new.owner,
-            new.request_id,
-            Remembered {
-                digest: new.digest,
-                job: id,
-                at: now,
-            },
-        );
+        let remembered = Remembered {
+            digest: new.digest,
+            job: id,
+            at: now,
+        };
+        if !planted(Mutation::RequestForgotten) {
+            self.t.remember(new.owner, new.request_id, remembered);
+        }
         self.wants_schedule = true;
         Ok(Answer::Submitted {
             job: id,
@@ -166,6 +166,7 @@ impl Core {
             .t
             .attempts_of(id)
             .filter(|attempt| attempt.outcome.is_none())
+            .filter(|_| !planted(Mutation::CancelLeavesRunning))
             .map(|attempt| attempt.id)
             .collect();
         for attempt in undecided {
@@ -179,6 +180,8 @@ impl Core {
             self.decide(now, attempt, decision);
         }
         self.stop_bundles_of(now, id, &reason);
+        let all = self.t.attempts_of(id).map(|attempt| attempt.id).collect();
+        self.settle_lingering(now, all);
         self.derive_job(now, id);
         self.wants_schedule = true;
     }

@@ -9,13 +9,16 @@
 mod ahead;
 mod attempts;
 mod bundles;
+mod cleanup;
 mod config;
+mod crashes;
 pub mod effect;
 mod enrol;
 pub mod event;
 mod gang;
 mod invariants;
 mod jobs;
+mod lease;
 mod live;
 mod nodes;
 mod outbox;
@@ -51,6 +54,7 @@ use crate::live::Live;
 pub use crate::outbox::Outbox;
 pub use crate::snapshot::{RememberedRequest, Snapshot};
 use crate::tables::Tables;
+pub use crate::timers::mass_loss;
 
 /// The coordinator's state and everything it decides.
 #[derive(Debug)]
@@ -198,6 +202,11 @@ impl Core {
                 bundle,
             } => self.on_bundle_observed(now, session, node, &bundle),
             Event::HeartbeatReceived { session, node } => self.on_heartbeat(now, session, node),
+            Event::GoodbyeSaid { session, node } => {
+                if self.live.sessions.get(&node) == Some(&session) {
+                    self.live.crashes.goodbye(node);
+                }
+            }
             Event::SessionEnded { session, node } => self.on_session_ended(session, node),
             Event::TimerFired => self.on_timer(now),
         }
@@ -214,6 +223,7 @@ impl Core {
     /// word could be heard. To be called before what came in since is handed in.
     pub fn stood_still(&mut self, now: Timestamp, length: Duration) {
         self.excuse(now, length);
+        self.live.awaited.excuse(length);
     }
 
     /// When to hand in [`Event::TimerFired`] next. May be early, never late; changes with every call.

@@ -7,6 +7,7 @@ use trainyard_common::ids::{AttemptRef, BundleRef, Incarnation, JobId, NodeId, T
 use trainyard_common::time::Timestamp;
 
 use crate::ahead::Pace;
+use crate::crashes::Crashes;
 use crate::event::SessionId;
 use crate::restored::Awaited;
 use crate::scheduler::Shapes;
@@ -46,6 +47,8 @@ pub(crate) struct Live {
     pub(crate) avoid: BTreeMap<TaskKey, BTreeSet<NodeId>>,
     /// Nodes that could not prepare lately.
     pub(crate) troubles: Troubles,
+    /// Agents that crashed lately.
+    pub(crate) crashes: Crashes,
     /// Highest attempt that an agent reported of a task whose row knows fewer (after a restored backup).
     pub(crate) floors: BTreeMap<TaskKey, u32>,
     /// Nodes without which nothing is placed after a restored backup.
@@ -56,6 +59,8 @@ pub(crate) struct Live {
     pub(crate) present: BTreeSet<NodeId>,
     /// Those of them that are unreachable.
     pub(crate) silent: BTreeSet<NodeId>,
+    /// Nodes that are READY and not heard of for a while: they get no new work, as one that is cut off would let it wait.
+    pub(crate) suspects: BTreeSet<NodeId>,
     /// Nodes that came back with less than is used of them. They are full until that is in order.
     pub(crate) shrunk: BTreeSet<NodeId>,
     /// What the nodes could hold, as long as no node changes.
@@ -132,6 +137,7 @@ impl Live {
             self.retry_timers.first().map(|entry| entry.0),
             self.awaited.next(),
             self.troubles.next(),
+            self.crashes.next(),
         ];
         first.into_iter().flatten().min()
     }

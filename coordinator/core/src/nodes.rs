@@ -3,8 +3,10 @@
 
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{NodeId, UserName};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::state::{NodeAvailability, NodePolicy, Reason, ReasonCode};
 use trainyard_common::time::Timestamp;
+use trainyard_common::units::format_duration;
 
 use crate::Core;
 use crate::effect::{Answer, Effect};
@@ -57,7 +59,7 @@ impl Core {
             .map(|(id, _)| id.to_string())
             .chain(self.t.bundles_on(node).iter().map(ToString::to_string))
             .collect();
-        if !held.is_empty() {
+        if !held.is_empty() && !planted(Mutation::BusyNodeRemoved) {
             let first: Vec<&str> = held.iter().take(3).map(String::as_str).collect();
             let message = format!(
                 "{node} may still run {} of {}; cancel them or wait, or vouch for its end with `yard node confirm-lost {node}`",
@@ -83,7 +85,9 @@ impl Core {
         self.live.last_heard.remove(&node);
         self.live.opened.remove(&node);
         self.live.shrunk.remove(&node);
+        self.live.suspects.remove(&node);
         self.live.troubles.over(node);
+        self.live.crashes.forget(node);
         self.live.arm_node(node, None);
         self.weigh_silence(now, node);
         self.wants_schedule = true;
@@ -96,15 +100,8 @@ impl Core {
         node: NodeId,
     ) -> Result<Answer, Refusal> {
         let record = self.t.nodes.get(&node).ok_or_else(|| unknown(node))?;
-        if is_ready(record.availability) && self.live.sessions.contains_key(&node) {
-            let message = format!(
-                "{node} is in session, so it is not lost; `yard cordon {node}` keeps new work away"
-            );
-            return Err(Refusal::new(
-                ErrorCode::FailedPrecondition,
-                "NODE_IN_SESSION",
-                message,
-            ));
+        if is_ready(record.availability) {
+            return Err(self.not_lost(now, node));
         }
         let reason = Reason::new(
             ReasonCode::Operator,
@@ -129,6 +126,17 @@ impl Core {
         }
         self.wants_schedule = true;
         Ok(Answer::Done)
+    }
+
+    /// Vouching for the end of a node that was just heard of is mostly a slip, and would let two attempts overlap.
+    fn not_lost(&self, now: Timestamp, node: NodeId) -> Refusal {
+        let heard = format_duration(self.silence(now, node));
+        let limit = format_duration(self.config.unreachable_after);
+        let message = format!(
+            "{node} was heard of {heard} ago, so it is not lost; if its machine is off, say it again when it is \
+             UNREACHABLE, {limit} after its last word; `yard cordon {node}` keeps new work away"
+        );
+        Refusal::new(ErrorCode::FailedPrecondition, "NODE_REACHABLE", message)
     }
 
     fn close_session(&mut self, node: NodeId, refusal: Refusal) {

@@ -10,6 +10,7 @@ use trainyard_common::bundle::{
 use trainyard_common::ids::{AttemptRef, BundleRef, NodeId, TaskIndex};
 use trainyard_common::limits;
 use trainyard_common::member::{Ending, OWN_ADDRESS};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{
     AttemptRecord, BundleRecord, BundleState, MemberRecord, TaskRecord,
 };
@@ -179,7 +180,7 @@ impl Core {
         let Some(known) = bundle
             .recorded
             .checked_sub(seen.first)
-            .or(seen.reports.is_empty().then_some(0))
+            .or((seen.reports.is_empty() || planted(Mutation::GapTaken)).then_some(0))
         else {
             self.t.index_bundle(bundle);
             return false;
@@ -189,6 +190,7 @@ impl Core {
             self.bundle_runs(&mut bundle);
         }
         let known = usize::try_from(known).unwrap_or(usize::MAX);
+        let known = known * usize::from(!planted(Mutation::ReportsCountedAgain));
         for report in seen.reports.iter().skip(known) {
             bundle.recorded += 1;
             self.take_report(now, &mut bundle, report);
@@ -322,8 +324,11 @@ impl Core {
         let Some(record) = self.t.jobs.get(&job) else {
             return;
         };
-        if record.cancel.is_some() {
+        if record.cancel.is_some() || planted(Mutation::ReturnedSucceeds) {
             return self.t.cancel_returned(job, 1);
+        }
+        if planted(Mutation::ReturnedVanishes) {
+            return;
         }
         let message = format!("{} gave it back before it started", bundle.node);
         let row = task_row(
@@ -450,6 +455,7 @@ impl Core {
             outputs: None,
             checkpoint: None,
             warning: String::new(),
+            cleanup: String::new(),
         };
         let attempt = AttemptRecord {
             id,
@@ -470,6 +476,7 @@ impl Core {
             ready_at: None,
             started_at,
             ended_at: None,
+            lease: None,
         };
         self.t.insert_carried(row, attempt);
         let Some(job) = self.t.jobs.get(&id.job) else {
@@ -529,6 +536,8 @@ fn task_row(bundle: &BundleRecord, task: TaskIndex, state: JobState, reason: Rea
         attempts: 0,
         failures: 0,
         infrastructure_failures: 0,
+        early_ends: 0,
+        nodes_taken_down: Vec::new(),
         exit: None,
         checkpoints: Vec::new(),
         ended_at: None,

@@ -2,6 +2,7 @@
 //! run, or had the time in which a silent node is given up. What they run may be newer than the backup.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use trainyard_common::ids::NodeId;
 use trainyard_common::state::{Reason, ReasonCode};
@@ -23,6 +24,11 @@ pub(crate) struct Awaited {
 impl Awaited {
     pub(crate) fn next(&self) -> Option<Timestamp> {
         (!self.nodes.is_empty()).then_some(self.until)
+    }
+
+    /// While we stood still no node could say what it runs.
+    pub(crate) fn excuse(&mut self, length: Duration) {
+        self.until = self.until.after(length);
     }
 }
 

@@ -9,13 +9,15 @@ use trainyard_common::limits;
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, EndCause, Ending, ObservedMember, ObservedPhase, Stop,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::NodeRecord;
 use trainyard_common::state::{
-    AttemptState, MemberPhase, NodeAvailability, NodePolicy, Reason, ReasonCode,
+    AttemptState, ExitStatus, MemberPhase, NodeAvailability, NodePolicy, Reason, ReasonCode,
 };
 use trainyard_common::time::Timestamp;
 
 use crate::Core;
+use crate::crashes::Start;
 use crate::effect::{Command, Effect, Urgency};
 use crate::event::{Registration, SessionId};
 use crate::gang;
@@ -82,7 +84,9 @@ impl Core {
             return Err(Refusal::new(ErrorCode::NotFound, "NODE_UNKNOWN", message));
         };
         let same_or_later = |(start, opening): &(Incarnation, u64)| {
-            *start == reg.incarnation && (1..=*opening).contains(&reg.opening)
+            *start == reg.incarnation
+                && (1..=*opening).contains(&reg.opening)
+                && !planted(Mutation::LateGreetingCounts)
         };
         if self.live.opened.get(&node).is_some_and(same_or_later) {
             // It was given up and its words were still on their way. What it says is older than what we know.
@@ -93,7 +97,7 @@ impl Core {
                 message,
             ));
         }
-        let older = reg.incarnation < record.incarnation;
+        let older = reg.incarnation < record.incarnation && !planted(Mutation::EarlierStartSpeaks);
         let twin = reg.incarnation == record.incarnation
             && !record.boot_id.is_empty()
             && reg.boot_id != record.boot_id;
@@ -119,6 +123,7 @@ impl Core {
         let Some(record) = self.t.node_mut(reg.node) else {
             return;
         };
+        let before = record.incarnation;
         record.inventory = reg.inventory.clone();
         record.incarnation = reg.incarnation;
         record.boot_id.clone_from(&reg.boot_id);
@@ -129,11 +134,44 @@ impl Core {
         self.live
             .opened
             .insert(reg.node, (reg.incarnation, reg.opening));
+        self.note_start(now, before, reg);
         self.live.last_heard.insert(reg.node, now);
-        self.set_availability(now, reg.node, NodeAvailability::Ready, in_session(reg.node));
+        let reason = self.ready_reason(reg.node);
+        self.set_availability(now, reg.node, NodeAvailability::Ready, reason);
         self.arm_silence(now, reg.node);
         self.resume_waiting(now, reg.node);
         self.resume_bundles(now, reg.node);
+    }
+
+    /// Counts how often the agent started without having said goodbye.
+    fn note_start(&mut self, now: Timestamp, before: Incarnation, reg: &Registration) {
+        let node = reg.node;
+        if !reg.last_words.is_empty() {
+            let words: String = reg
+                .last_words
+                .chars()
+                .take(limits::MAX_LAST_WORDS)
+                .collect();
+            let message = format!("the agent of {node} crashed before; its last words: {words}");
+            let reason = Reason::new(ReasonCode::AgentCrashes, message);
+            self.later
+                .push(Effect::Note(Urgency::Warn, Some(node), reason));
+        }
+        let start = Start {
+            node,
+            before,
+            now: reg.incarnation,
+            silence: self.silence(now, node),
+            last_words: &reg.last_words,
+            pause: self.config.crash_pause,
+        };
+        if self.live.crashes.started(now, start)
+            && let Some(told) = self.live.crashes.told(node)
+        {
+            let reason = Reason::new(ReasonCode::AgentCrashes, told);
+            self.later
+                .push(Effect::Note(Urgency::Error, Some(node), reason));
+        }
     }
 
     fn note_shrunk(&mut self, node: NodeId) {
@@ -253,14 +291,16 @@ impl Core {
 
     pub(crate) fn on_session_ended(&mut self, session: SessionId, node: NodeId) {
         // The node stays READY until its lease runs out: most sessions are back at once.
-        if self.live.sessions.get(&node) == Some(&session) {
+        let ours = self.live.sessions.get(&node) == Some(&session);
+        if ours || planted(Mutation::OldEndClosesNew) {
             self.live.sessions.remove(&node);
         }
     }
 
     /// Notes that a node lives. False if it was not the node's open session that spoke.
     pub(crate) fn hear(&mut self, now: Timestamp, session: SessionId, node: NodeId) -> bool {
-        if self.live.sessions.get(&node) != Some(&session) {
+        let ours = self.live.sessions.get(&node) == Some(&session);
+        if !ours && !planted(Mutation::OldSessionHeard) {
             return false;
         }
         self.live.last_heard.insert(node, now);
@@ -273,15 +313,31 @@ impl Core {
                 NodeAvailability::Unreachable | NodeAvailability::Lost => false,
             });
         if !ready {
-            self.set_availability(now, node, NodeAvailability::Ready, in_session(node));
+            let reason = self.ready_reason(node);
+            self.set_availability(now, node, NodeAvailability::Ready, reason);
             self.resume_waiting(now, node);
             self.resume_bundles(now, node);
             self.wants_schedule = true;
         }
-        if !self.live.armed.contains_key(&node) || !ready {
+        let suspected = self.live.suspects.remove(&node);
+        if suspected && ready {
+            let reason = self.ready_reason(node);
+            self.give_reason(node, reason);
+            self.wants_schedule = true;
+        }
+        if !self.live.armed.contains_key(&node) || !ready || suspected {
             self.arm_silence(now, node);
         }
         true
+    }
+
+    /// Gives a node another reason. That of an operator stays.
+    pub(crate) fn give_reason(&mut self, node: NodeId, reason: Reason) {
+        if let Some(record) = self.t.node_mut(node)
+            && !(record.policy != NodePolicy::Active && record.reason.code == ReasonCode::Operator)
+        {
+            record.reason = reason;
+        }
     }
 
     fn standing(&self, node: NodeId, member: &ObservedMember) -> Standing {
@@ -303,7 +359,9 @@ impl Core {
         }
         let rank = usize::try_from(member.node_rank).unwrap_or(usize::MAX);
         match attempt.members.get(rank) {
-            Some(ours) if ours.node == node => Standing::Ours(rank),
+            Some(ours) if ours.node == node || planted(Mutation::ForeignNodeHeard) => {
+                Standing::Ours(rank)
+            }
             Some(_) | None => Standing::Foreign,
         }
     }
@@ -353,7 +411,13 @@ impl Core {
     fn member_moved(&mut self, now: Timestamp, rank: usize, seen: &ObservedMember) {
         let id = seen.attempt;
         let Some(before) = self.t.advance_member(id, rank, member_phase(&seen.phase)) else {
-            return; // Late, or told before.
+            // Late or told before, but what is left of a member may change.
+            if let ObservedPhase::CleanupPending(cleanup) = &seen.phase
+                && self.note_left(id, rank, cleanup)
+            {
+                self.settle(now, id);
+            }
+            return;
         };
         if let Some(end) = ending(&seen.phase) {
             self.record_ending(id, rank, before, end);
@@ -373,6 +437,11 @@ impl Core {
                 self.member_runs(now, id, *started_at);
             }
             ObservedPhase::Stopping => {}
+            ObservedPhase::CleanupPending(cleanup) => {
+                self.note_left(id, rank, cleanup);
+                node.into_iter().for_each(|node| self.member_lingers(node));
+                self.member_over(now, id, rank, &cleanup.ending);
+            }
             ObservedPhase::Uploading(end) | ObservedPhase::Ended(end) => {
                 if !is_released(before) {
                     self.wants_schedule = true;
@@ -382,6 +451,11 @@ impl Core {
                     self.member_over(now, id, rank, end);
                 }
             }
+        }
+        if before == MemberPhase::CleanupPending
+            && let Some(node) = node
+        {
+            self.member_cleaned(now, id, node);
         }
         self.settle(now, id);
     }
@@ -425,6 +499,7 @@ impl Core {
         let Some(member) = attempt.members.get_mut(rank) else {
             return;
         };
+        let known = member.ranks.clone();
         if !is_released(before) {
             let most = usize::try_from(most).unwrap_or(usize::MAX);
             // One more than there can be is kept, so that too many are noticed as not matching.
@@ -434,6 +509,19 @@ impl Core {
                 .take(most.saturating_add(1))
                 .copied()
                 .collect();
+        }
+        if before == MemberPhase::CleanupPending {
+            // The shim may be gone since, and what it saw with it.
+            for old in known
+                .into_iter()
+                .filter(|old| old.exit != ExitStatus::Unknown)
+            {
+                match member.ranks.iter_mut().find(|end| end.rank == old.rank) {
+                    Some(end) => *end = old,
+                    None => member.ranks.push(old),
+                }
+            }
+            member.ranks.sort_by_key(|end| end.rank);
         }
         member.outputs = end.outputs.or(member.outputs);
         member.checkpoint = end.checkpoint.or(member.checkpoint);
@@ -475,12 +563,9 @@ impl Core {
         }
         record.availability = availability;
         record.changed_at = now;
+        self.live.suspects.remove(&node);
         self.weigh_silence(now, node);
     }
-}
-
-fn in_session(node: NodeId) -> Reason {
-    Reason::new(ReasonCode::InSession, format!("{node} is in session"))
 }
 
 /// Whether the node has told what it has at least once.
@@ -503,6 +588,7 @@ fn stray_stop(member: &ObservedMember) -> DesiredMember {
 fn ending(phase: &ObservedPhase) -> Option<&Ending> {
     match phase {
         ObservedPhase::Uploading(ending) | ObservedPhase::Ended(ending) => Some(ending),
+        ObservedPhase::CleanupPending(cleanup) => Some(&cleanup.ending),
         ObservedPhase::Preparing
         | ObservedPhase::Ready { .. }
         | ObservedPhase::Running { .. }
@@ -520,6 +606,7 @@ fn member_phase(phase: &ObservedPhase) -> MemberPhase {
         ObservedPhase::Ready { .. } => MemberPhase::Ready,
         ObservedPhase::Running { .. } => MemberPhase::Running,
         ObservedPhase::Stopping => MemberPhase::Stopping,
+        ObservedPhase::CleanupPending(_) => MemberPhase::CleanupPending,
         ObservedPhase::Uploading(_) => MemberPhase::Uploading,
         ObservedPhase::Ended(_) => MemberPhase::Ended,
     }

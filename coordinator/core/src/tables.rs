@@ -12,6 +12,7 @@ use trainyard_common::ids::{
     AttemptNumber, AttemptRef, BundleRef, Digest, JobId, NodeId, RequestId, TaskIndex, TokenId,
     UserName,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{
     AttemptRecord, BundleRecord, JobRecord, MemberRecord, NodeRecord, Record, TaskCounts,
     TaskRecord, TokenRecord, UserRecord,
@@ -21,6 +22,7 @@ use trainyard_common::state::{AttemptState, JobState, MemberPhase, Reason};
 use trainyard_common::time::Timestamp;
 
 pub(crate) use self::bundles::{Bundled, attempt_in_bundle, times, width};
+use crate::cleanup::lingers;
 use crate::effect::Effect;
 use crate::outbox::Outbox;
 use crate::snapshot::Snapshot;
@@ -86,6 +88,8 @@ pub(crate) struct Tables {
     pub(crate) usage: BTreeMap<NodeId, Usage>,
     /// Attempts with a member on the node that is not `ENDED`.
     pub(crate) on_node: BTreeMap<NodeId, BTreeSet<AttemptRef>>,
+    /// Attempts with processes on the node that outlive SIGKILL.
+    pub(crate) quarantined: BTreeMap<NodeId, BTreeSet<AttemptRef>>,
     /// What the bundles of a job come to.
     pub(crate) bundled: BTreeMap<JobId, Bundled>,
     pub(crate) bundles_by_node: BTreeMap<NodeId, BTreeSet<BundleRef>>,
@@ -100,6 +104,7 @@ pub(crate) struct Tables {
 /// Whether the processes of a member are gone, so that what it held is free.
 pub(crate) fn is_released(phase: MemberPhase) -> bool {
     phase >= MemberPhase::Uploading
+        || (planted(Mutation::ReleaseAtStopping) && phase == MemberPhase::Stopping)
 }
 
 /// How many tasks of a job were never placed.
@@ -208,6 +213,7 @@ impl Tables {
             active: BTreeMap::new(),
             usage: BTreeMap::new(),
             on_node: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
             bundled: BTreeMap::new(),
             bundles_by_node: BTreeMap::new(),
             carried: BTreeSet::new(),
@@ -274,6 +280,10 @@ impl Tables {
                     .or_default()
                     .insert(attempt.id);
             }
+            if lingers(member) {
+                let there = self.quarantined.entry(member.node).or_default();
+                there.insert(attempt.id);
+            }
         }
     }
 
@@ -334,6 +344,8 @@ impl Tables {
                 attempts: 0,
                 failures: 0,
                 infrastructure_failures: 0,
+                early_ends: 0,
+                nodes_taken_down: Vec::new(),
                 exit: None,
                 checkpoints: Vec::new(),
                 ended_at: None,
@@ -439,6 +451,17 @@ impl Tables {
         self.dirty.attempts.insert(id);
         if carried {
             return Some(before);
+        }
+        if lingers(member) {
+            let there = self.quarantined.entry(member.node).or_default();
+            there.insert(id);
+        } else if before == MemberPhase::CleanupPending
+            && let Some(there) = self.quarantined.get_mut(&member.node)
+        {
+            there.remove(&id);
+            if there.is_empty() {
+                self.quarantined.remove(&member.node);
+            }
         }
         if is_released(phase)
             && !is_released(before)
@@ -583,7 +606,8 @@ impl Tables {
             let row = match state {
                 Some(AttemptState::Ended) => {
                     self.carried.remove(&id);
-                    self.attempts.remove(&id)
+                    let row = self.attempts.remove(&id);
+                    row.filter(|_| !planted(Mutation::EndNotPersisted))
                 }
                 Some(_) => self.attempts.get(&id).cloned(),
                 None => None,

@@ -1,12 +1,16 @@
 //! What follows for a task and its job when an attempt is over: success, another try, or the end; and how a job's state
 //! derives from its tasks. It must not know about nodes or sessions.
 
-use trainyard_common::ids::{AttemptRef, Digest, JobId};
-use trainyard_common::record::{AttemptRecord, JobRecord, TaskCounts};
+use trainyard_common::ids::{AttemptRef, Digest, JobId, NodeId};
+use trainyard_common::limits;
+use trainyard_common::mutation::{Mutation, planted};
+use trainyard_common::record::{AttemptRecord, JobRecord, TaskCounts, TaskRecord};
 use trainyard_common::state::{ExitStatus, JobState, Outcome, Reason, ReasonCode};
 use trainyard_common::time::Timestamp;
+use trainyard_common::units::format_duration;
 
 use crate::Core;
+use crate::attempts::ended_at;
 use crate::config::retry_delay;
 use crate::tables::{ActiveCounts, Bundled, TaskKey};
 
@@ -17,16 +21,59 @@ struct Next {
     exit: Option<ExitStatus>,
 }
 
+/// What the attempts of a task have used up of what it may.
+#[derive(Debug, Clone, Copy)]
+struct Spent {
+    failures: u32,
+    interruptions: u32,
+    early_ends: u32,
+}
+
+impl Spent {
+    /// With this attempt, which is over.
+    fn of(task: &TaskRecord, attempt: &AttemptRecord, now: Timestamp) -> Self {
+        let ran = attempt
+            .started_at
+            .map(|start| ended_at(attempt, now).since(start));
+        let mut spent = Self {
+            failures: task.failures,
+            interruptions: task.infrastructure_failures,
+            early_ends: task.early_ends,
+        };
+        if ran.is_some_and(|ran| ran >= limits::PROVEN_RUN) {
+            spent.interruptions = 0;
+        }
+        if ran.is_some_and(|ran| ran >= limits::EARLY_END) {
+            spent.early_ends = 0;
+        }
+        match attempt.outcome {
+            Some(Outcome::Failed) => {
+                spent.failures += 1;
+                spent.interruptions = 0;
+                // What could not even be started got nowhere either.
+                let early = ran.is_none_or(|ran| ran < limits::EARLY_END);
+                spent.early_ends += u32::from(early);
+            }
+            Some(Outcome::Interrupted) => {
+                spent.interruptions += 1;
+                spent.failures += u32::from(planted(Mutation::InterruptionIsFailure));
+            }
+            Some(Outcome::Succeeded | Outcome::Cancelled | Outcome::TimedOut) | None => {}
+        }
+        spent
+    }
+}
+
 impl Core {
     /// An attempt is over (or given up): its task ends or waits for the next attempt.
     pub(crate) fn attempt_over(&mut self, now: Timestamp, id: AttemptRef) {
         let key = (id.job, id.task);
-        let (Some(attempt), Some(job)) =
-            (self.t.attempts.get(&id).cloned(), self.t.jobs.get(&id.job))
-        else {
+        let Some(attempt) = self.t.attempts.get(&id).cloned() else {
             return;
         };
-        let (retries, cancelled) = (job.spec.retries, job.cancel.is_some());
+        let Some((spent, next)) = self.judge_task(now, &attempt) else {
+            return;
+        };
         let Some(task) = self.t.task_mut(key) else {
             return;
         };
@@ -39,35 +86,9 @@ impl Core {
             task.checkpoints = checkpoints;
         }
         task.exit = attempt.exit;
-        match attempt.outcome {
-            Some(Outcome::Failed) => {
-                task.failures += 1;
-                task.infrastructure_failures = 0;
-            }
-            Some(Outcome::Interrupted) => task.infrastructure_failures += 1,
-            Some(Outcome::Succeeded | Outcome::Cancelled | Outcome::TimedOut) | None => {}
-        }
-        let (failures, interruptions) = (task.failures, task.infrastructure_failures);
-        let next = match attempt.outcome {
-            Some(Outcome::Succeeded) => over(JobState::Succeeded, &attempt),
-            Some(Outcome::Cancelled) => over(JobState::Cancelled, &attempt),
-            Some(Outcome::TimedOut) => over(JobState::TimedOut, &attempt),
-            Some(Outcome::Failed) if failures > retries => over(JobState::Failed, &attempt),
-            Some(Outcome::Failed) => again(
-                cancelled,
-                &attempt,
-                format!("retry {failures} of {retries}"),
-            ),
-            Some(Outcome::Interrupted) | None => {
-                let most = self.config.max_infrastructure_failures;
-                if interruptions >= most && !cancelled {
-                    gave_up(&attempt, interruptions)
-                } else {
-                    let told = format!("tried again, interruption {interruptions} of {most}");
-                    again(cancelled, &attempt, told)
-                }
-            }
-        };
+        (task.failures, task.early_ends) = (spent.failures, spent.early_ends);
+        task.infrastructure_failures = spent.interruptions;
+        let interruptions = spent.interruptions;
         self.wants_schedule |= next.state == JobState::Pending;
         let delay = retry_delay(interruptions);
         if next.state != JobState::Pending {
@@ -76,6 +97,84 @@ impl Core {
             self.live.delay_task(key, now.after(delay));
         }
         self.end_task(attempt.ended_at.unwrap_or(now), key, next);
+    }
+
+    /// What an attempt that is over uses up, and what follows for its task.
+    fn judge_task(&self, now: Timestamp, attempt: &AttemptRecord) -> Option<(Spent, Next)> {
+        let job = self.t.jobs.get(&attempt.id.job)?;
+        let task = self.t.tasks.get(&(attempt.id.job, attempt.id.task))?;
+        let (retries, cancelled) = (job.spec.retries, job.cancel.is_some());
+        let retries = retries + 50 * u32::from(planted(Mutation::RetriesWithoutEnd));
+        let cancelled = cancelled && !planted(Mutation::CancelledTriedAgain);
+        let spent = Spent::of(task, attempt, now);
+        let Spent {
+            failures,
+            interruptions,
+            early_ends,
+        } = spent;
+        let down = &task.nodes_taken_down;
+        let next = match attempt.outcome {
+            Some(Outcome::Succeeded) => over(JobState::Succeeded, attempt),
+            Some(Outcome::Cancelled) => over(JobState::Cancelled, attempt),
+            Some(Outcome::TimedOut) => over(JobState::TimedOut, attempt),
+            Some(Outcome::Failed) if failures > retries => over(JobState::Failed, attempt),
+            Some(Outcome::Failed) if early_ends >= self.config.max_early_ends && !cancelled => {
+                let within = format_duration(limits::EARLY_END);
+                let what =
+                    format!("{early_ends} attempts in a row failed within {within} of their start");
+                held(attempt, &what)
+            }
+            Some(Outcome::Failed) => {
+                again(cancelled, attempt, format!("retry {failures} of {retries}"))
+            }
+            Some(Outcome::Interrupted) | None => {
+                let most = self.config.max_infrastructure_failures;
+                if down.len() >= self.config.max_nodes_taken_down && !cancelled {
+                    let nodes: Vec<String> = down.iter().map(ToString::to_string).collect();
+                    let what = format!(
+                        "{} different nodes went down while it ran there ({})",
+                        nodes.len(),
+                        nodes.join(", ")
+                    );
+                    held(attempt, &what)
+                } else if interruptions >= most && !cancelled {
+                    gave_up(attempt, interruptions)
+                } else {
+                    let told = format!("tried again, interruption {interruptions} of {most}");
+                    again(cancelled, attempt, told)
+                }
+            }
+        };
+        Some((spent, next))
+    }
+
+    /// Whether a further attempt would follow if this one were over now.
+    pub(crate) fn is_tried_again(&self, now: Timestamp, id: AttemptRef) -> bool {
+        let attempt = self.t.attempts.get(&id);
+        let next = attempt.and_then(|attempt| self.judge_task(now, attempt));
+        next.is_some_and(|(_, next)| next.state == JobState::Pending)
+    }
+
+    /// Nodes went down with a task running there. After a long run that says nothing about the task.
+    pub(crate) fn note_taken_down(
+        &mut self,
+        now: Timestamp,
+        key: TaskKey,
+        started_at: Timestamp,
+        nodes: &[NodeId],
+    ) {
+        let most = self.config.max_nodes_taken_down;
+        let Some(task) = self.t.task_mut(key) else {
+            return;
+        };
+        if now.since(started_at) >= limits::PROVEN_RUN {
+            task.nodes_taken_down.clear();
+        }
+        for node in nodes {
+            if !task.nodes_taken_down.contains(node) && task.nodes_taken_down.len() < most {
+                task.nodes_taken_down.push(*node);
+            }
+        }
     }
 
     fn end_task(&mut self, now: Timestamp, key: TaskKey, next: Next) {
@@ -231,6 +330,19 @@ fn gave_up(attempt: &AttemptRecord, interruptions: u32) -> Next {
         state: JobState::Failed,
         reason: Reason::new(ReasonCode::InfrastructureGaveUp, message),
         exit: Some(ExitStatus::Unknown),
+    }
+}
+
+/// No further attempt, because of what the ones before did to the cluster or to the user's time.
+fn held(attempt: &AttemptRecord, what: &str) -> Next {
+    let message = format!(
+        "not tried again: {what}; the last one: {}; find the cause before it is submitted again",
+        attempt.reason.message
+    );
+    Next {
+        state: JobState::Failed,
+        reason: Reason::new(ReasonCode::RetryBudgetSpent, message),
+        exit: attempt.exit,
     }
 }
 

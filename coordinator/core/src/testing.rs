@@ -409,6 +409,7 @@ impl TestEnv {
             opening: 0,
             boot_id: "boot-1".into(),
             agent_version: "1".into(),
+            last_words: String::new(),
             address: format!("10.0.0.{}", node.0),
             inventory: inventory(&format!("m{}", node.0), gpus),
             observed,
@@ -461,6 +462,11 @@ impl TestEnv {
         if let Some(session) = self.sessions.remove(&node) {
             self.event(Event::SessionEnded { session, node });
         }
+    }
+
+    /// A node's heartbeats are lost from now on, and its session stays open.
+    pub(crate) fn silence(&mut self, node: NodeId) {
+        self.sessions.remove(&node);
     }
 
     pub(crate) fn submit(&mut self, owner: &str, request: &str, spec: JobSpec) {

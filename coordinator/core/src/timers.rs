@@ -5,7 +5,8 @@
 //! node is then lost). A node's timer is set to the next one; a heartbeat does not move it, it is looked at when due.
 
 use trainyard_common::ids::{AttemptRef, NodeId};
-use trainyard_common::record::AttemptRecord;
+use trainyard_common::mutation::{Mutation, planted};
+use trainyard_common::record::{AttemptRecord, NodeRecord};
 use trainyard_common::state::{MemberPhase, NodeAvailability, Reason, ReasonCode};
 use trainyard_common::time::Timestamp;
 use trainyard_common::units::format_duration;
@@ -32,7 +33,7 @@ impl Core {
             && at <= now
         {
             self.live.arm_bundle(id, None);
-            self.bundle_timed_out(id);
+            self.bundle_timed_out(now, id);
         }
         while let Some((at, key)) = self.live.retry_timers.first().copied()
             && at <= now
@@ -41,14 +42,22 @@ impl Core {
             self.wants_schedule = true;
         }
         self.wants_schedule |= self.live.troubles.take_ended(now);
+        for node in self.live.crashes.take_ended(now) {
+            self.tell_node_reason(node);
+            self.wants_schedule = true;
+        }
     }
 
     /// Begins every lease anew: after a start, or when we notice that we did not run for a while.
     pub(crate) fn restart_leases(&mut self, now: Timestamp) {
-        self.live.lease_base = now;
+        let from = match planted(Mutation::LeasesGoOn) {
+            true => Timestamp(0),
+            false => now,
+        };
+        self.live.lease_base = from;
         let nodes: Vec<NodeId> = self.t.nodes.keys().copied().collect();
         for node in nodes {
-            self.live.last_heard.insert(node, now);
+            self.live.last_heard.insert(node, from);
             self.arm_silence(now, node);
         }
         let waiting: Vec<AttemptRef> = self
@@ -79,6 +88,9 @@ impl Core {
     /// Takes a pause of ours out of every silence. Noticed by the driver, because with only silent nodes no timer may be
     /// due for so long that [`Self::notice_pause`] sees nothing.
     pub(crate) fn excuse(&mut self, now: Timestamp, length: std::time::Duration) {
+        if planted(Mutation::PauseIsSilence) {
+            return;
+        }
         let nodes: Vec<NodeId> = self.t.nodes.keys().copied().collect();
         for node in nodes {
             if let Some(heard) = self.live.last_heard.get_mut(&node) {
@@ -96,6 +108,9 @@ impl Core {
     }
 
     pub(crate) fn drop_prepare_timer(&mut self, id: AttemptRef) {
+        if planted(Mutation::PrepareTimerStays) {
+            return;
+        }
         if let Some(at) = self.live.prepare_armed.remove(&id) {
             self.live.prepare_timers.remove(&(at, id));
         }
@@ -111,6 +126,11 @@ impl Core {
             .filter(|member| member.phase < MemberPhase::Ready)
             .map(|member| member.node)
             .collect();
+        if late.iter().all(|node| self.is_silent(*node)) {
+            // It may run there by now, as one of a single node needs no word of ours. How long a silent node is waited for
+            // is its policy's business; one that is back gets the time once more at most.
+            return self.arm_prepare(now, id);
+        }
         let first: Vec<String> = late.iter().take(3).map(ToString::to_string).collect();
         let message = format!(
             "{} of {} not ready within {}: {}",
@@ -136,6 +156,7 @@ impl Core {
         }
         // All that are silent are counted before any of them is given up.
         for node in &due {
+            self.mark_suspect(now, *node);
             self.mark_unreachable(now, *node);
         }
         for node in due {
@@ -154,6 +175,25 @@ impl Core {
                 .copied()
                 .unwrap_or(self.live.lease_base),
         )
+    }
+
+    /// A node that is READY is not heard of for a while: tells so, and keeps new work away.
+    fn mark_suspect(&mut self, now: Timestamp, node: NodeId) {
+        let silence = self.silence(now, node);
+        let (from, to) = (self.config.suspect_after(), self.config.unreachable_after);
+        let ready = |record: &NodeRecord| is_ready(record.availability) && was_seen(record);
+        if !(from..to).contains(&silence)
+            || !self.t.nodes.get(&node).is_some_and(ready)
+            || !self.live.suspects.insert(node)
+        {
+            return;
+        }
+        let message = format!(
+            "{node} is not heard of for {}; it counts as unreachable after {}",
+            format_duration(silence),
+            format_duration(to)
+        );
+        self.give_reason(node, Reason::new(ReasonCode::Suspect, message));
     }
 
     fn mark_unreachable(&mut self, now: Timestamp, node: NodeId) {
@@ -214,10 +254,26 @@ impl Core {
         let gang = heard.after(self.config.lost_after_gang);
         let lost = heard.after(self.config.lost_after);
         let next = match record.availability {
-            NodeAvailability::Ready => Some(heard.after(self.config.unreachable_after).max(now)),
+            NodeAvailability::Ready => {
+                let suspected = self.live.suspects.contains(&node) || !was_seen(record);
+                let limit = match suspected {
+                    true => self.config.unreachable_after,
+                    false => self.config.suspect_after(),
+                };
+                let at = heard.after(limit);
+                // It was overslept: the one after that is next.
+                let at = if at > now {
+                    at
+                } else {
+                    heard.after(self.config.unreachable_after)
+                };
+                Some(at.max(now))
+            }
             NodeAvailability::Unreachable if self.live.braked || !was_seen(record) => None,
             NodeAvailability::Unreachable | NodeAvailability::Lost => {
-                [gang, lost].into_iter().filter(|at| *at > now).min()
+                let leases = self.lease_ends(node).map(|silence| heard.after(silence));
+                let ends = [gang, lost].into_iter().chain(leases);
+                ends.filter(|at| *at > now).min()
             }
         };
         self.live.arm_node(node, next);
@@ -229,16 +285,14 @@ impl Core {
         self.live.shapes = None;
         self.count_node(node);
         let (present, silent) = (self.live.present.len(), self.live.silent.len());
-        let braked = silent >= BRAKE_LEAST && silent.saturating_mul(2) > present;
+        let crowd = is_mass_loss(present, silent);
+        let braked = crowd && !planted(Mutation::BrakeIgnored);
         if braked == self.live.braked {
             return;
         }
         self.live.braked = braked;
         if braked {
-            let message = format!(
-                "{silent} of {} are silent at once; none of them is given up while that is so",
-                count(present, "node")
-            );
+            let message = tell_mass_loss(present, silent);
             return self.note(Urgency::Error, ReasonCode::Silent, message);
         }
         let message = format!(
@@ -275,6 +329,29 @@ impl Core {
         self.later
             .push(Effect::Note(urgency, None, Reason::new(code, message)));
     }
+}
+
+/// Whether so many of the nodes that are not lost are silent that we suspect ourselves.
+fn is_mass_loss(present: usize, silent: usize) -> bool {
+    silent >= BRAKE_LEAST && silent.saturating_mul(2) > present
+}
+
+fn tell_mass_loss(present: usize, silent: usize) -> String {
+    format!(
+        "{silent} of {} are silent at once; none of them is given up while that is so",
+        count(present, "node")
+    )
+}
+
+/// Why none of these nodes is given up, if that is so: too many are silent at once. By rows alone, which say the same as
+/// what the core decides by.
+pub fn mass_loss<'a>(nodes: impl Iterator<Item = &'a NodeRecord>) -> Option<String> {
+    let (mut present, mut silent) = (0, 0);
+    for node in nodes.filter(|node| was_seen(node) && !is_lost(node.availability)) {
+        present += 1;
+        silent += usize::from(is_unreachable(node.availability));
+    }
+    is_mass_loss(present, silent).then(|| tell_mass_loss(present, silent))
 }
 
 pub(crate) fn is_ready(availability: NodeAvailability) -> bool {

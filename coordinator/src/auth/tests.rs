@@ -127,6 +127,7 @@ fn the_matrix_of_roles() {
         "AdminService/CreateToken",
         "AdminService/ListTokens",
         "AdminService/RevokeToken",
+        "AdminService/InjectFault",
     ];
     let may = |lists: &[&[&str]], path: &str| {
         let name = path.strip_prefix("/trainyard.v1.").unwrap();

@@ -82,6 +82,7 @@ fn member(node: NodeId) -> trainyard_common::record::MemberRecord {
         outputs: None,
         checkpoint: None,
         warning: String::new(),
+        cleanup: String::new(),
     }
 }
 
@@ -288,4 +289,35 @@ fn damage_below_sql_is_told_with_its_offset() {
         "{:?}",
         found.damage
     );
+}
+
+#[test]
+fn a_state_of_an_earlier_version_is_backed_up_before_it_is_migrated() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/store/golden/v1-restores.db");
+    fs::copy(golden, state.join(FILE_NAME)).unwrap();
+    let cluster = inspect::inspect(&state.join(FILE_NAME)).unwrap().cluster;
+    let now = Clock::start().now();
+    Certificates::open(state, cluster, true, now).unwrap();
+    write_private(&state.join(CLUSTER_FILE), cluster.to_string().as_bytes()).unwrap();
+    let backups = state.join(BACKUPS);
+    // A migration that never came to its end is begun again, each time with a backup, of which some are kept.
+    for at in 1..=5 {
+        before_migration(state, Timestamp(at)).unwrap();
+    }
+    assert_eq!(names(&backups), ["schema-1-3", "schema-1-4", "schema-1-5"]);
+    let store = SqliteStore::open(state, &state.join("ca"), NOW).unwrap();
+    store.lead().unwrap();
+    store.check().unwrap();
+    drop(store);
+    before_migration(state, Timestamp(6)).unwrap();
+    assert_eq!(names(&backups).len(), 3, "there is nothing to migrate");
+    // The backup is of the earlier version, and this one restores it.
+    let from = backups.join("schema-1-5");
+    assert_eq!(check(&from).unwrap().schema, 1);
+    let to = dir.path().join("restored");
+    assert_eq!(restore(&from, &to).unwrap().schema, 1);
+    let store = SqliteStore::open(&to, &to.join("ca"), NOW).unwrap();
+    store.check().unwrap();
 }

@@ -98,6 +98,7 @@ async fn run(group: usize) -> Duration {
             opening: 0,
             boot_id: "b".to_owned(),
             agent_version: "0".to_owned(),
+            last_words: String::new(),
             address: "127.0.0.1".to_owned(),
             inventory: Inventory {
                 capacity,

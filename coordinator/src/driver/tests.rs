@@ -208,6 +208,7 @@ impl Bench {
                 opening: 0,
                 boot_id: "b".to_owned(),
                 agent_version: "0".to_owned(),
+                last_words: String::new(),
                 address: "127.0.0.1".to_owned(),
                 inventory: Inventory {
                     capacity,

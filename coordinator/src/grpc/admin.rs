@@ -1,4 +1,4 @@
-//! `AdminService`: join tokens, and who the caller is. A token's secret is drawn here, is in the one answer, and nothing
+//! `AdminService`: join tokens, who the caller is, and trouble on purpose. A token's secret is drawn here, is in the one answer, and nothing
 //! but its hash goes any further.
 
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use trainyard_coordinator_core::event::Event;
 use trainyard_proto::{PROTOCOL_VERSION, convert, v1};
 use trainyard_transport::token::Secret;
 
-use super::{Shared, reply, unexpected};
+use super::{Shared, faults, reply, unexpected};
 use crate::auth::{self, Caller};
 use crate::disk::RESERVE_FOR_STATE;
 
@@ -133,5 +133,12 @@ impl v1::admin_service_server::AdminService for AdminApi {
         request: Request<v1::WhoAmIRequest>,
     ) -> Result<Response<v1::WhoAmIResponse>, Status> {
         reply(auth::caller(&request).map(|caller| AdminApi::who_am_i(self, &caller)))
+    }
+
+    async fn inject_fault(
+        &self,
+        request: Request<v1::InjectFaultRequest>,
+    ) -> Result<Response<v1::InjectFaultResponse>, Status> {
+        reply(faults::inject(&self.0, request).await)
     }
 }

@@ -37,6 +37,7 @@ impl JobApi {
         request: v1::SubmitRequest,
     ) -> Result<v1::SubmitResponse, Refusal> {
         self.0.disk.check(RESERVE_FOR_STATE, 0)?;
+        self.0.disk.check_reserve(&*self.0.store)?;
         let request_digest = body_digest(&request);
         let v1::SubmitRequest {
             request_id,

@@ -7,6 +7,7 @@ mod admin;
 mod agent;
 mod blobs;
 mod enroll;
+mod faults;
 mod jobs;
 mod logs;
 mod nodes;
@@ -25,6 +26,7 @@ use trainyard_coordinator_core::effect::Answer;
 use trainyard_proto::status::to_status;
 use trainyard_transport::connections::Connections;
 use trainyard_transport::endpoint::Endpoint;
+use trainyard_transport::restart::Restart;
 
 use crate::authority::Certificates;
 use crate::blobs::BlobStore;
@@ -40,6 +42,7 @@ pub(crate) use admin::AdminApi;
 pub(crate) use agent::AgentApi;
 pub(crate) use blobs::BlobApi;
 pub(crate) use enroll::{EnrollApi, FailureLimit};
+pub(crate) use faults::FaultLines;
 pub(crate) use jobs::JobApi;
 pub(crate) use logs::LogApi;
 pub(crate) use nodes::NodeApi;
@@ -71,6 +74,10 @@ pub(crate) struct Shared {
     pub(crate) stop: CancellationToken,
     pub(crate) followers: Arc<Semaphore>,
     pub(crate) failures: FailureLimit,
+    /// Who starts this process again if a self test kills it.
+    pub(crate) restart: Restart,
+    /// Agents that can be told to make trouble for a self test.
+    pub(crate) faults: FaultLines,
 }
 
 impl Shared {

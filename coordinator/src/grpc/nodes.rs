@@ -11,6 +11,7 @@ use trainyard_common::resources::Resources;
 use trainyard_common::state::MemberPhase;
 use trainyard_coordinator_core::effect::Answer;
 use trainyard_coordinator_core::event::Event;
+use trainyard_coordinator_core::mass_loss;
 use trainyard_proto::convert;
 use trainyard_proto::v1;
 use trainyard_transport::identity::Identity;
@@ -26,6 +27,8 @@ pub(crate) struct NodeApi(pub(crate) Arc<Shared>);
 #[derive(Debug, Default)]
 struct Use {
     resources: Resources,
+    /// Of that, what is held only by processes that outlive SIGKILL.
+    quarantined: Resources,
     attempts: Vec<AttemptRef>,
     gpus: Vec<String>,
 }
@@ -54,6 +57,9 @@ fn usage(tables: &Tables, only: Option<NodeId>) -> BTreeMap<NodeId, Use> {
             }
             let used = usage.entry(member.node).or_default();
             used.resources = used.resources.plus(&member.resources);
+            if member.phase == MemberPhase::CleanupPending {
+                used.quarantined = used.quarantined.plus(&member.resources);
+            }
             used.attempts.push(attempt.id);
             used.gpus.extend(member.gpu_uuids.iter().cloned());
         }
@@ -78,6 +84,7 @@ fn held(bundle: &BundleRecord) -> Resources {
 fn status(node: &NodeRecord, used: Option<Use>) -> v1::NodeStatus {
     let Use {
         resources,
+        quarantined,
         attempts,
         gpus,
     } = used.unwrap_or_default();
@@ -93,6 +100,7 @@ fn status(node: &NodeRecord, used: Option<Use>) -> v1::NodeStatus {
         free: Some(free.into()),
         attempts: attempts.into_iter().map(v1::AttemptRef::from).collect(),
         used_gpus: gpus,
+        quarantined: Some(quarantined.into()),
     }
 }
 
@@ -100,12 +108,13 @@ impl NodeApi {
     fn list(&self) -> v1::ListNodesResponse {
         let tables = self.0.read.tables();
         let mut usage = usage(&tables, None);
+        let brake = mass_loss(tables.nodes.values().map(AsRef::as_ref)).unwrap_or_default();
         let nodes = tables
             .nodes
             .iter()
             .map(|(id, node)| status(node, usage.remove(id)))
             .collect();
-        v1::ListNodesResponse { nodes }
+        v1::ListNodesResponse { nodes, brake }
     }
 
     fn get(&self, request: &v1::GetNodeRequest) -> Result<v1::GetNodeResponse, Refusal> {

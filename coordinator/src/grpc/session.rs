@@ -14,6 +14,7 @@ use trainyard_common::bundle::ObservedBundle;
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{Incarnation, NodeId, Term};
 use trainyard_common::inventory::Inventory;
+use trainyard_common::limits::MAX_LAST_WORDS;
 use trainyard_common::member::ObservedMember;
 use trainyard_coordinator_core::effect::Command;
 use trainyard_coordinator_core::event::{Event, Registration, SessionId};
@@ -21,6 +22,7 @@ use trainyard_proto::convert::pages::{Assembler, desired_pages, pages};
 use trainyard_proto::convert::{self, InvalidField};
 use trainyard_proto::status::{from_status, to_status};
 use trainyard_proto::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, v1};
+use trainyard_transport::clock::wall_now;
 use trainyard_transport::connections::Peer;
 
 use super::{Sender, Shared, shutting_down};
@@ -54,6 +56,8 @@ struct Greeting {
     inventory: Inventory,
     observed: Vec<ObservedMember>,
     bundles: Vec<ObservedBundle>,
+    last_words: String,
+    capabilities: Vec<String>,
 }
 
 impl Session {
@@ -80,6 +84,7 @@ impl Session {
                 Refusal::new(ErrorCode::Unavailable, "GREETING_LATE", format!("no complete greeting within {seconds} s"))
             })??,
         };
+        let capabilities = greeting.capabilities.clone();
         let mut open = self
             .shared
             .driver
@@ -87,6 +92,7 @@ impl Session {
             .await?;
         let session = open.session;
         let (acks, pending_acks) = mpsc::channel(ACK_QUEUE);
+        let mut line = self.shared.faults.open(self.node, &capabilities);
         tokio::select! {
             biased;
             // None of them is used again after another one won: the session is over then.
@@ -96,7 +102,7 @@ impl Session {
                 "CERTIFICATE_EXPIRED",
                 "the certificate of this session has ended; connect again with a renewed one",
             )),
-            done = self.tell(&mut open.commands, pending_acks) => done,
+            done = self.tell(&mut open.commands, pending_acks, &mut line.faults) => done,
             done = self.listen(session, &mut messages, acks) => done,
         }
     }
@@ -161,7 +167,7 @@ impl Session {
         let v1::Hello {
             protocol_version,
             oldest_protocol_version,
-            capabilities: _, // none so far changes what the coordinator says
+            capabilities,
             cluster,
             incarnation,
             boot_id,
@@ -170,6 +176,7 @@ impl Session {
             inventory,
             term,
             opening,
+            last_words,
         } = hello;
         check_version(protocol_version, oldest_protocol_version)?;
         let cluster = convert::cluster("hello.cluster", &cluster)?;
@@ -213,6 +220,8 @@ impl Session {
             inventory: convert::required("hello.inventory", inventory)?,
             observed: Vec::new(),
             bundles: Vec::new(),
+            last_words: last_words.chars().take(MAX_LAST_WORDS).collect(),
+            capabilities,
         })
     }
 
@@ -244,6 +253,8 @@ impl Session {
             inventory,
             observed,
             bundles,
+            last_words,
+            capabilities: _, // of the session's own line for faults
         } = greeting;
         Registration {
             session,
@@ -252,6 +263,7 @@ impl Session {
             opening,
             boot_id,
             agent_version,
+            last_words,
             address,
             inventory,
             observed,
@@ -303,7 +315,8 @@ impl Session {
                 Said::GoingAway(v1::GoingAway { reason }) => {
                     let reason: String = reason.chars().take(MAX_TEXT_BYTES).collect();
                     tracing::info!(%node, reason, "agent goes away");
-                    return Ok(());
+                    let goodbye = Event::GoodbyeSaid { session, node };
+                    return self.shared.driver.tell(goodbye).await;
                 }
                 Said::Hello(_) | Said::ObservedPage(_) | Said::ObservedBundlePage(_) => {
                     return Err(protocol(
@@ -320,12 +333,14 @@ impl Session {
         &self,
         commands: &mut mpsc::Receiver<SessionMessage>,
         mut acks: mpsc::Receiver<u64>,
+        faults: &mut mpsc::Receiver<v1::Fault>,
     ) -> Result<(), Refusal> {
+        use v1::coordinator_message::Message as Say;
         let mut welcomed = false;
         loop {
             let sent = tokio::select! {
                 biased;
-                // Cancel-safe, both: a message is taken only when its branch wins.
+                // Cancel-safe, all: a message is taken only when its branch wins.
                 command = commands.recv() => match command {
                     Some(SessionMessage::Command(command)) => {
                         welcomed = true;
@@ -335,9 +350,10 @@ impl Session {
                     None => return Err(fell_behind()),
                 },
                 Some(sequence) = acks.recv(), if welcomed => {
-                    use v1::coordinator_message::Message as Say;
                     self.say(Say::HeartbeatAck(v1::HeartbeatAck { sequence })).await
                 }
+                // A line that a newer session took over says nothing more.
+                Some(fault) = faults.recv(), if welcomed => self.say(Say::Fault(fault)).await,
             };
             if sent.is_err() {
                 return Ok(());
@@ -376,6 +392,7 @@ impl Session {
             node: self.node.0,
             heartbeat_interval: Some(convert::duration(self.shared.timing.heartbeat_interval)),
             lease: Some(convert::duration(self.shared.timing.unreachable_after)),
+            now: Some(convert::timestamp(wall_now())),
         }
     }
 

@@ -17,11 +17,16 @@ mod full_disk;
 #[cfg(test)]
 mod golden;
 mod lock;
+mod mark;
 mod memory;
+mod refusal;
 mod reserve;
 mod sqlite;
 #[cfg(test)]
+mod sweep;
+#[cfg(test)]
 mod tests;
+mod wal;
 
 use std::io;
 use std::path::PathBuf;
@@ -34,9 +39,11 @@ use trainyard_coordinator_core::Snapshot;
 pub(crate) use lock::LOCK_FILE;
 pub use lock::StateLock;
 pub use memory::MemStore;
+pub(crate) use refusal::{BACKUPS, explain, migration_backup};
 pub use sqlite::SqliteStore;
 pub(crate) use sqlite::inspect;
-pub(crate) use sqlite::{CLUSTER_FILE, FILE_NAME};
+pub(crate) use sqlite::salvage::accept_loss;
+pub(crate) use sqlite::{CLUSTER_FILE, FILE_NAME, SCHEMA_VERSION};
 
 /// Tasks and attempts of one job in one answer; a large array has more, and a message has a limit.
 pub const MAX_ROWS_OF_JOB: usize = 1000;
@@ -66,6 +73,20 @@ pub trait Store: Send + Sync + 'static {
     /// If it could not be made durable; the next start waits for them again then.
     fn reconciled(&self) -> Result<(), StoreError> {
         Ok(())
+    }
+
+    /// Keeps which authority belongs to the state, the first time, and refuses another one after that.
+    ///
+    /// # Errors
+    /// [`StoreError::OtherAuthority`], or whatever the disk says.
+    fn pin_authority(&self, digest: [u8; 32]) -> Result<(), StoreError> {
+        let _ = digest;
+        Ok(())
+    }
+
+    /// Whether the disk is so full that the state goes on from its reserve, so that nothing new should be taken in.
+    fn lives_on_reserve(&self) -> bool {
+        false
     }
 
     /// The rows about live work at `now`, submissions accepted at or after `requests_since`, and the last sequence.
@@ -156,6 +177,8 @@ pub const MAX_DAMAGE: usize = 100;
 pub struct Inspection {
     /// Whose it is.
     pub cluster: ClusterId,
+    /// The version of its tables.
+    pub schema: i64,
     /// The last term.
     pub term: Term,
     /// Rows of all tables that could be reached.
@@ -173,7 +196,9 @@ pub struct Inspection {
 /// One damaged place of a state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
-    /// The table, or `(any)`.
+    /// The file.
+    pub file: PathBuf,
+    /// The table, `(any)`, or `(log)` for SQLite's write-ahead log.
     pub table: String,
     /// The row's key, or `(unknown)`.
     pub key: String,
@@ -218,11 +243,21 @@ pub enum StoreError {
         /// Whose it should be.
         expected: ClusterId,
     },
-    /// Written by another version.
+    /// The authority beside the database is not the one that was there before.
     #[error(
-        "{} has schema version {found}, this version of yard reads {known}; use the version that wrote it, or restore \
-         the backup that was made before the upgrade",
+        "the cluster's authority beside {} is not the one that belongs to it: ca/ca.pem or ca/ca.key.pem was changed or \
+         damaged; restore both from a backup",
         database.display()
+    )]
+    OtherAuthority {
+        /// The database.
+        database: PathBuf,
+    },
+    /// Written by a later version.
+    #[error(
+        "{} has schema version {found}, this version of yard ({}) reads versions up to {known}; use the version that wrote \
+         it, or {}",
+        database.display(), env!("CARGO_PKG_VERSION"), refusal::downgrade(database, *known)
     )]
     Schema {
         /// The database.
@@ -231,6 +266,24 @@ pub enum StoreError {
         found: i64,
         /// Ours.
         known: i64,
+    },
+    /// The state is damaged, and this is what is known of it.
+    #[error("{}", refusal::damaged(file, places, *more))]
+    Damaged {
+        /// The database.
+        file: PathBuf,
+        /// Where, at least one place.
+        places: Vec<Damage>,
+        /// Whether there is more.
+        more: bool,
+    },
+    /// Nothing of a damaged state can be given up so that the rest is of use.
+    #[error("{} cannot be mended by giving something up: {reason}; restore a backup with `yard coordinator restore`", file.display())]
+    CannotAccept {
+        /// The database.
+        file: PathBuf,
+        /// Why not.
+        reason: String,
     },
     /// A row is damaged.
     #[error("{} is damaged: table {table}, key {key}: {reason}; `yard coordinator check` tells everything that is damaged and \
@@ -281,4 +334,12 @@ pub enum StoreError {
     /// The system gives no random numbers.
     #[error("the system gives no random numbers for a cluster id")]
     Random,
+}
+
+impl StoreError {
+    /// Whether it says that something that was written is not there as it was written.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::Corrupt { .. })
+    }
 }

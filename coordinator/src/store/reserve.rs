@@ -3,7 +3,7 @@
 //! is room. It knows nothing of what the room is for.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,6 +18,10 @@ use crate::disk::{RESERVE_FOR_STATE, free_bytes};
 pub(crate) const FILE_NAME: &str = "state.reserve";
 /// What is kept. The end of a job takes about 2 KB for good, so more than ten thousand of them fit.
 pub(super) const SIZE: u64 = 32 << 20;
+/// The file by which a quota is found out.
+const PROBE: &str = ".state.probe";
+/// Its size: as much as a small commit.
+const PROBE_BYTES: usize = 32 << 10;
 /// What is given back at a time: more than the largest commit writes. Not all at once, because whoever filled the disk
 /// takes what is free, too.
 const PIECE: u64 = 4 << 20;
@@ -83,6 +87,24 @@ impl Reserve {
             "the disk is full to the last byte; the state goes on from its reserve, make room there"
         );
         true
+    }
+
+    /// Whether the user's quota leaves no room for a few more pages, found out by writing them to a file beside.
+    pub(super) fn is_over_quota(&self) -> bool {
+        let path = self.dir.join(PROBE);
+        let written = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(PRIVATE_FILE_MODE)
+            .open(&path)
+            .and_then(|mut file| {
+                file.write_all(&[1; PROBE_BYTES])?;
+                file.sync_data()
+            });
+        // It is made anew each time, and holds nothing.
+        let _ = fs::remove_file(&path);
+        written.is_err_and(|error| error.kind() == io::ErrorKind::QuotaExceeded)
     }
 
     /// Whether some of it is missing.

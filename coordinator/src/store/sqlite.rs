@@ -7,32 +7,35 @@ use std::fmt;
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rusqlite::{
-    Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params,
-};
+use rusqlite::{Connection, OpenFlags, Transaction};
 use trainyard_common::ids::{AttemptRef, ClusterId, JobId, Sequence, Term};
 use trainyard_common::record::{AttemptRecord, JobRecord, Record};
 use trainyard_common::time::Timestamp;
 
 use super::codec;
+use super::mark::Marker;
 use super::reserve::Reserve;
 use super::{CheckReport, JobHistory, Loaded, Store, StoreError, Transition};
 
 pub(crate) mod inspect;
+mod meta;
+mod open;
 mod read;
+pub(crate) mod salvage;
+mod schema;
 mod write;
+
+use meta::Meta;
+pub(crate) use schema::SCHEMA_VERSION;
 
 /// The database's file in the state directory.
 pub(crate) const FILE_NAME: &str = "state.db";
 /// The cluster's id as text; written once the database exists, so its presence says that the database must be there.
 pub(crate) const CLUSTER_FILE: &str = "cluster-id";
 
-/// What this version reads and writes.
-const SCHEMA_VERSION: i64 = 1;
-/// "YARD", so that `file` and people can tell what the database is.
-const APPLICATION_ID: i64 = 0x5941_5244;
 /// Transitions at the end of the log that are checked at every start: what a crash can have touched, in milliseconds.
 const CHECKED_AT_OPEN: u64 = 1000;
 /// Reading connections that are kept open; more are opened under load and closed after use.
@@ -44,63 +47,20 @@ const WAL_LIMIT: i64 = 12 << 20;
 /// How long a connection waits for a lock of SQLite: only checkpoints and backups hold one against us.
 const BUSY_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
-const SCHEMA: &str = "
-CREATE TABLE meta (
-    one INTEGER PRIMARY KEY CHECK (one = 1), schema_version INTEGER NOT NULL, cluster BLOB NOT NULL,
-    created_at INTEGER NOT NULL, term INTEGER NOT NULL, sequence INTEGER NOT NULL, chain INTEGER NOT NULL,
-    next_job INTEGER NOT NULL, next_node INTEGER NOT NULL, next_token INTEGER NOT NULL
-) STRICT;
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY, user TEXT NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL,
-    request_id TEXT NOT NULL, request_digest BLOB NOT NULL, submitted_at INTEGER NOT NULL, row BLOB NOT NULL
-) STRICT;
-CREATE INDEX jobs_live ON jobs (id) WHERE live = 1;
-CREATE INDEX jobs_submitted ON jobs (submitted_at);
-CREATE TABLE tasks (
-    job INTEGER NOT NULL, task INTEGER NOT NULL, state TEXT NOT NULL, live INTEGER NOT NULL, row BLOB NOT NULL,
-    PRIMARY KEY (job, task)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX tasks_live ON tasks (job) WHERE live = 1;
-CREATE TABLE attempts (
-    job INTEGER NOT NULL, task INTEGER NOT NULL, attempt INTEGER NOT NULL, open INTEGER NOT NULL, row BLOB NOT NULL,
-    PRIMARY KEY (job, task, attempt)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX attempts_open ON attempts (job) WHERE open = 1;
-CREATE TABLE nodes (id INTEGER PRIMARY KEY, row BLOB NOT NULL) STRICT;
-CREATE TABLE tokens (id INTEGER PRIMARY KEY, usable INTEGER NOT NULL, expires_at INTEGER NOT NULL, row BLOB NOT NULL)
-    STRICT;
-CREATE TABLE users (name TEXT PRIMARY KEY, row BLOB NOT NULL) STRICT;
-CREATE TABLE transitions (
-    sequence INTEGER PRIMARY KEY, at INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, row BLOB NOT NULL,
-    chain INTEGER NOT NULL
-) STRICT;
-";
-
-/// Made apart from the others, because states that were made before there were bundles lack it.
-const SCHEMA_OF_BUNDLES: &str = "
-CREATE TABLE IF NOT EXISTS bundles (
-    job INTEGER NOT NULL, bundle INTEGER NOT NULL, row BLOB NOT NULL, PRIMARY KEY (job, bundle)
-) STRICT, WITHOUT ROWID;
-";
-
-/// When the state was restored from a backup, likewise.
-const SCHEMA_OF_RESTORES: &str = "
-CREATE TABLE IF NOT EXISTS restores (
-    at INTEGER NOT NULL, taken_at INTEGER NOT NULL, sequence INTEGER NOT NULL, reconciled INTEGER NOT NULL
-) STRICT;
-";
-
 /// State in `state.db`.
 pub struct SqliteStore {
     file: PathBuf,
     cluster: ClusterId,
     writer: Mutex<Writer>,
     readers: Mutex<Vec<Connection>>,
+    /// Whether the last commit left some of the reserve missing.
+    short: AtomicBool,
 }
 
 struct Writer {
     connection: Connection,
     reserve: Reserve,
+    marker: Marker,
 }
 
 impl fmt::Debug for SqliteStore {
@@ -111,64 +71,7 @@ impl fmt::Debug for SqliteStore {
     }
 }
 
-/// The one row of `meta`.
-#[derive(Debug, Clone, Copy)]
-struct Meta {
-    term: Term,
-    sequence: u64,
-    chain: u32,
-    next_job: u64,
-    next_node: u32,
-    next_token: u64,
-}
-
 impl SqliteStore {
-    /// Opens the state in `dir`, or makes it if `dir` was never a coordinator's. The caller holds the directory's lock.
-    ///
-    /// `marker` is what else says that the cluster has existed, such as its authority.
-    ///
-    /// # Errors
-    /// [`StoreError::Missing`], [`StoreError::Schema`], [`StoreError::Corrupt`], or whatever the disk says.
-    pub fn open(dir: &Path, marker: &Path, now: Timestamp) -> Result<Self, StoreError> {
-        let file = dir.join(FILE_NAME);
-        let cluster_file = dir.join(CLUSTER_FILE);
-        let existed = fs::metadata(&file).is_ok_and(|metadata| metadata.len() > 0);
-        if !existed {
-            let marker = [cluster_file.as_path(), marker]
-                .into_iter()
-                .find(|path| path.exists());
-            if let Some(marker) = marker {
-                return Err(StoreError::Missing {
-                    database: file,
-                    marker: marker.to_owned(),
-                });
-            }
-        }
-        let mut reserve = Reserve::open(dir);
-        reserve.make_room();
-        if !existed {
-            create_private(&file)?;
-        }
-        let writer = connect(
-            &file,
-            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE,
-        )?;
-        prepare(&writer, &file)?;
-        let cluster = establish(&writer, &file, now)?;
-        check_cluster_file(&cluster_file, &file, cluster)?;
-        let store = Self {
-            file,
-            cluster,
-            writer: Mutex::new(Writer {
-                connection: writer,
-                reserve,
-            }),
-            readers: Mutex::default(),
-        };
-        store.check_tail()?;
-        Ok(store)
-    }
-
     fn writer(&self) -> MutexGuard<'_, Writer> {
         // A transaction that a panic left open is rolled back when its guard is dropped.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
@@ -208,17 +111,6 @@ impl SqliteStore {
     fn failed(&self, operation: &'static str, source: rusqlite::Error) -> StoreError {
         failed(operation, &self.file, source)
     }
-
-    fn check_tail(&self) -> Result<(), StoreError> {
-        self.read("read the transitions of", |reader| {
-            let meta = read_meta(&reader.transaction).map_err(|source| reader.failed(source))?;
-            reader.check_chain(
-                &meta,
-                Sequence(meta.sequence.saturating_sub(CHECKED_AT_OPEN)),
-            )?;
-            Ok(())
-        })
-    }
 }
 
 impl Writer {
@@ -227,21 +119,36 @@ impl Writer {
     /// Once more is safe: SQLite says that there is no room before the last page of a transaction is in its write-ahead
     /// log (or, for its index of that, before the transaction is in there), so the transaction is not in the state, and
     /// the next one is written over what there is of it. Any other failure leaves open what is durable and is not retried.
-    fn write<T>(
+    fn write(
         &mut self,
-        mut attempt: impl FnMut(&Connection) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
+        mut attempt: impl FnMut(&Connection) -> Result<Meta, StoreError>,
+    ) -> Result<Meta, StoreError> {
         // Bounded by the pieces of the reserve.
         loop {
             let result = attempt(&self.connection);
-            if matches!(&result, Err(error) if is_full(error)) && self.reserve.give_back() {
+            let full = matches!(&result, Err(error) if is_full(error) || self.is_over_quota(error));
+            if full && self.reserve.give_back() {
                 continue;
             }
-            if result.is_ok() && self.reserve.is_short() {
+            let meta = result?;
+            self.marker.note(&meta.mark());
+            if self.reserve.is_short() {
                 self.recover();
             }
-            return result;
+            return Ok(meta);
         }
+    }
+
+    /// Whether a write failed because the user's quota is used up. SQLite calls that a failed write like any other, so the
+    /// disk is asked; nothing is in the state for the same reason as on a full one.
+    fn is_over_quota(&self, error: &StoreError) -> bool {
+        let StoreError::Database { source, .. } = error else {
+            return false;
+        };
+        let failed_write = source
+            .sqlite_error()
+            .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_WRITE);
+        failed_write && self.reserve.is_over_quota()
     }
 
     /// Keeps the write-ahead log from growing into what is left, and takes the reserve again if there is room.
@@ -303,11 +210,23 @@ fn corrupt(
     }
 }
 
+/// Whether a column holds what we never write there: damage, like a page that SQLite cannot read.
+fn is_no_value(error: &rusqlite::Error) -> bool {
+    matches!(
+        error,
+        rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::InvalidColumnType(..)
+            | rusqlite::Error::IntegralValueOutOfRange(..)
+            | rusqlite::Error::Utf8Error(..)
+    )
+}
+
 fn failed(operation: &'static str, file: &Path, source: rusqlite::Error) -> StoreError {
     match source.sqlite_error_code() {
         Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
             corrupt(file, "(any)", "(unknown)", source)
         }
+        _ if is_no_value(&source) => corrupt(file, "(any)", "(unknown)", source),
         _ => StoreError::Database {
             operation,
             file: file.to_owned(),
@@ -368,115 +287,20 @@ fn prepare(connection: &Connection, file: &Path) -> Result<(), StoreError> {
     })
 }
 
-/// Makes the tables of a new database, or checks those of an old one; gives the cluster's id.
-fn establish(
-    connection: &Connection,
-    file: &Path,
-    now: Timestamp,
-) -> Result<ClusterId, StoreError> {
-    let error = |source| failed("read", file, source);
-    let application: i64 = connection
-        .pragma_query_value(None, "application_id", |row| row.get(0))
-        .map_err(error)?;
-    if application != APPLICATION_ID {
-        return create(connection, file, now);
-    }
-    let (version, cluster): (i64, Vec<u8>) = connection
-        .query_row("SELECT schema_version, cluster FROM meta", [], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
-        .optional()
-        .map_err(error)?
-        .ok_or_else(|| corrupt(file, "meta", "1", "the row is missing"))?;
-    if version != SCHEMA_VERSION {
-        return Err(StoreError::Schema {
-            database: file.to_owned(),
-            found: version,
-            known: SCHEMA_VERSION,
-        });
-    }
-    connection.execute_batch(SCHEMA_OF_BUNDLES).map_err(error)?;
-    connection
-        .execute_batch(SCHEMA_OF_RESTORES)
-        .map_err(error)?;
-    ClusterId::try_from(cluster.as_slice()).map_err(|bad| corrupt(file, "meta", "1", bad))
-}
-
-fn create(connection: &Connection, file: &Path, now: Timestamp) -> Result<ClusterId, StoreError> {
-    let mut id = [0; 16];
-    getrandom::fill(&mut id).map_err(|_| StoreError::Random)?;
-    let make = || -> rusqlite::Result<()> {
-        let transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
-        // Fails if there are tables of somebody else, and then nothing of theirs is touched.
-        transaction.execute_batch(SCHEMA)?;
-        transaction.execute_batch(SCHEMA_OF_BUNDLES)?;
-        transaction.execute_batch(SCHEMA_OF_RESTORES)?;
-        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
-        transaction.execute(
-            "INSERT INTO meta VALUES (1, ?1, ?2, ?3, 0, 0, 0, 1, 1, 1)",
-            params![SCHEMA_VERSION, id, write::time(now)],
-        )?;
-        transaction.commit()
-    };
-    make().map_err(|source| failed("make the tables of", file, source))?;
-    Ok(ClusterId(id))
-}
-
-fn check_cluster_file(path: &Path, database: &Path, cluster: ClusterId) -> Result<(), StoreError> {
-    let failed = |operation| {
-        move |source| StoreError::File {
-            operation,
-            path: path.to_owned(),
-            source,
-        }
-    };
-    if !path.exists() {
-        // After the database: a crash between the two makes this run again, and never a cluster without state.
-        return trainyard_transport::files::write_private(path, format!("{cluster}\n").as_bytes())
-            .map_err(failed("write"));
-    }
-    let text = fs::read_to_string(path).map_err(failed("read"))?;
-    match text.trim().parse::<ClusterId>() {
-        Ok(expected) if expected == cluster => Ok(()),
-        Ok(expected) => Err(StoreError::OtherCluster {
-            database: database.to_owned(),
-            found: cluster,
-            expected,
-        }),
-        Err(invalid) => Err(failed("read")(std::io::Error::other(invalid))),
-    }
-}
-
-fn read_meta(connection: &Connection) -> rusqlite::Result<Meta> {
-    let query = "SELECT term, sequence, chain, next_job, next_node, next_token FROM meta";
-    connection.prepare_cached(query)?.query_row([], |row| {
-        Ok(Meta {
-            term: Term(row.get(0)?),
-            sequence: row.get(1)?,
-            chain: row.get(2)?,
-            next_job: row.get(3)?,
-            next_node: row.get(4)?,
-            next_token: row.get(5)?,
-        })
-    })
-}
-
 impl Store for SqliteStore {
     fn cluster(&self) -> ClusterId {
         self.cluster
     }
 
     fn lead(&self) -> Result<Term, StoreError> {
-        self.writer().write(|connection| {
-            connection
-                .query_row(
-                    "UPDATE meta SET term = term + 1 RETURNING term",
-                    [],
-                    |row| row.get(0),
-                )
-                .map(Term)
-                .map_err(|source| self.failed("take the lead in", source))
-        })
+        let led = self.writer().write(|connection| {
+            // From here on it is a state that was found whole and is in use.
+            open::keep_log_on_close(connection, &self.file, false)?;
+            meta::change(connection, &self.file, "take the lead in", |meta| {
+                meta.term = meta.term.next();
+            })
+        });
+        led.map(|meta| meta.term)
     }
 
     fn commit(
@@ -485,21 +309,61 @@ impl Store for SqliteStore {
         at: Timestamp,
         records: &[Record],
     ) -> Result<Sequence, StoreError> {
-        self.writer().write(|connection| {
+        let mut writer = self.writer();
+        let committed = writer.write(|connection| {
             write::commit(connection, &self.file, write::Batch { term, at, records })
-        })
+        });
+        self.short
+            .store(writer.reserve.is_short(), Ordering::Relaxed);
+        committed.map(|meta| meta.last())
     }
 
     fn reconciled(&self) -> Result<(), StoreError> {
-        self.writer().write(|connection| {
-            connection
-                .execute(
-                    "UPDATE restores SET reconciled = 1 WHERE reconciled = 0",
-                    [],
-                )
-                .map(drop)
-                .map_err(|source| self.failed("note the end of a restore in", source))
-        })
+        let reconciled = self.writer().write(|connection| {
+            meta::change(
+                connection,
+                &self.file,
+                "note the end of a restore in",
+                |meta| {
+                    meta.awaiting = false;
+                },
+            )
+        });
+        reconciled.map(drop)
+    }
+
+    fn pin_authority(&self, digest: [u8; 32]) -> Result<(), StoreError> {
+        let known = self.read("read", |reader| {
+            meta::read(&reader.transaction, &self.file).map(|meta| meta.authority)
+        })?;
+        match known {
+            Some(known) if known == digest => Ok(()),
+            Some(_) => Err(StoreError::OtherAuthority {
+                database: self.file.clone(),
+            }),
+            None => {
+                let pinned = self.writer().write(|connection| {
+                    meta::change(connection, &self.file, "note the authority in", |meta| {
+                        meta.authority = Some(digest);
+                    })
+                });
+                pinned.map(drop)
+            }
+        }
+    }
+
+    fn lives_on_reserve(&self) -> bool {
+        if !self.short.load(Ordering::Relaxed) {
+            return false;
+        }
+        // While nothing is committed nobody else looks whether there is room again. A commit that is on its way does.
+        let Ok(mut writer) = self.writer.try_lock() else {
+            return true;
+        };
+        writer.reserve.take();
+        let short = writer.reserve.is_short();
+        self.short.store(short, Ordering::Relaxed);
+        short
     }
 
     fn load(&self, now: Timestamp, requests_since: Timestamp) -> Result<Loaded, StoreError> {

@@ -349,15 +349,30 @@ fn a_cluster_that_has_existed_is_never_made_anew() {
 #[test]
 fn a_newer_schema_is_refused() {
     let dir = written();
-    damage(&dir, "UPDATE meta SET schema_version = 2");
+    damage(&dir, "UPDATE meta SET schema_version = 3");
+    let refused = || open(dir.path()).unwrap_err();
     assert!(matches!(
-        open(dir.path()),
-        Err(StoreError::Schema {
-            found: 2,
-            known: 1,
+        refused(),
+        StoreError::Schema {
+            found: 3,
+            known: 2,
             ..
-        })
+        }
     ));
+    let told = refused().to_string();
+    assert!(
+        told.contains("schema version 3") && told.contains("up to 2"),
+        "{told}"
+    );
+    // The newest backup that this version reads, as a command.
+    for name in ["schema-3-900", "schema-1-100", "schema-2-200", "other"] {
+        fs::create_dir_all(dir.path().join("backups").join(name)).unwrap();
+    }
+    let (told, place) = (refused().to_string(), dir.path().display());
+    let command = format!(
+        "`yard coordinator restore --from {place}/backups/schema-2-200 --state-dir {place}.restored`"
+    );
+    assert!(told.contains(&command), "{told}");
 }
 
 #[test]
@@ -394,6 +409,7 @@ fn files_of_the_state_are_for_nobody_else() {
             "state.db",
             "state.db-shm",
             "state.db-wal",
+            "state.mark",
             "state.reserve"
         ]
     );

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use trainyard_common::error::ErrorCode;
 use trainyard_proto::v1;
@@ -118,7 +119,15 @@ async fn ends_go_on_from_the_reserve_and_everything_does_once_there_is_room() {
     assert_eq!(listed.job.unwrap().state(), v1::JobState::Cancelled);
 
     disk.empty();
-    submit(&head, "late").await;
+    let accepted = async {
+        // It is looked once a second whether there is room again.
+        while let Err(refused) = head.jobs().await.submit(submission("late")).await {
+            assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), accepted)
+        .await
+        .expect("it recovers by itself");
     head = head.restart().await;
     assert_eq!(disk.reserve(), whole);
     assert_eq!(submit(&head, "late").await, JOBS as u64 + 1);

@@ -313,6 +313,7 @@ impl Agent {
             address: String::new(),
             inventory: Some((&inventory).into()),
             term: 0,
+            last_words: String::new(),
         }
     }
 

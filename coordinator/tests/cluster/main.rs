@@ -9,6 +9,7 @@
 mod access;
 mod agents;
 mod bundles;
+mod epochs;
 mod full_disk;
 mod harness;
 mod jobs;

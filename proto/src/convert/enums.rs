@@ -93,15 +93,16 @@ macro_rules! wire_enum {
 }
 
 wire_enum!(Launcher, "a launcher", None Torch Torchrun);
-wire_enum!(OnDisconnect, "a policy for disconnected nodes", Replace Wait);
+wire_enum!(OnDisconnect, "a policy for disconnected nodes", Replace Wait Stop);
 wire_enum!(JobState, "a job state",
     Pending Provisioning Preparing Running Stopping Succeeded Failed Cancelled TimedOut);
 wire_enum!(AttemptState, "an attempt state", Placed Preparing Ready Running Stopping Ended Lost);
 wire_enum!(Outcome, "an outcome", Succeeded Failed Cancelled TimedOut Interrupted);
 wire_enum!(MemberPhase, "a member phase",
-    Unconfirmed Preparing Ready Running Stopping Uploading Ended);
+    Unconfirmed Preparing Ready Running Stopping CleanupPending Uploading Ended);
 wire_enum!(EndCause, "a cause of a member's end",
-    Completed RankFailed Stopped TimeLimit PrepareFailed CannotExecute SupervisorLost NodeRebooted);
+    Completed RankFailed Stopped TimeLimit PrepareFailed CannotExecute SupervisorLost NodeRebooted
+    LeaseExpired);
 wire_enum!(NodeAvailability, "a node's availability", Ready Unreachable Lost);
 wire_enum!(NodePolicy, "a node policy", Active Cordoned Draining);
 wire_enum!(BundleState, "a bundle state", Placed Running Closing Stopping Lost);

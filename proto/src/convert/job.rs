@@ -8,8 +8,9 @@ use trainyard_common::record::{
 use trainyard_common::state::{ExitStatus, Reason, ReasonCode};
 
 use super::scalar::{
-    byte, digest, digest_bytes, digest_list, digests, job_id, list, node_id, optional,
-    optional_digest, optional_port, optional_timestamp, required, text, timestamp, to_timestamp,
+    byte, digest, digest_bytes, digest_list, digests, duration, job_id, list, node_id, optional,
+    optional_digest, optional_duration, optional_port, optional_timestamp, required, text,
+    timestamp, to_timestamp,
 };
 use super::{InvalidField, WireEnum, enum_field, optional_enum_field};
 use crate::v1;
@@ -294,6 +295,8 @@ impl From<&TaskRecord> for v1::Task {
             attempts,
             failures,
             infrastructure_failures,
+            early_ends,
+            nodes_taken_down,
             exit,
             checkpoints,
             ended_at,
@@ -308,6 +311,8 @@ impl From<&TaskRecord> for v1::Task {
             attempts: *attempts,
             failures: *failures,
             infrastructure_failures: *infrastructure_failures,
+            early_ends: *early_ends,
+            nodes_taken_down: nodes_taken_down.iter().map(|node| node.0).collect(),
             exit: exit.map(Into::into),
             checkpoints: digest_list(checkpoints),
             ended_at: ended_at.map(timestamp),
@@ -329,6 +334,8 @@ impl TryFrom<v1::Task> for TaskRecord {
             attempts,
             failures,
             infrastructure_failures,
+            early_ends,
+            nodes_taken_down,
             exit,
             checkpoints,
             ended_at,
@@ -343,6 +350,11 @@ impl TryFrom<v1::Task> for TaskRecord {
             attempts,
             failures,
             infrastructure_failures,
+            early_ends,
+            nodes_taken_down: nodes_taken_down
+                .into_iter()
+                .map(|node| node_id("nodes_taken_down", node))
+                .collect::<Result<_, _>>()?,
             exit: optional("exit", exit)?,
             checkpoints: digests("checkpoints", &checkpoints)?,
             ended_at: optional_timestamp("ended_at", ended_at)?,
@@ -367,6 +379,7 @@ impl From<&AttemptRecord> for v1::Attempt {
             ready_at,
             started_at,
             ended_at,
+            lease,
         } = attempt;
         Self {
             id: Some(id.into()),
@@ -383,6 +396,7 @@ impl From<&AttemptRecord> for v1::Attempt {
             ready_at: ready_at.map(timestamp),
             started_at: started_at.map(timestamp),
             ended_at: ended_at.map(timestamp),
+            lease: lease.map(duration),
         }
     }
 }
@@ -406,6 +420,7 @@ impl TryFrom<v1::Attempt> for AttemptRecord {
             ready_at,
             started_at,
             ended_at,
+            lease,
         } = message;
         Ok(Self {
             id: required("id", id)?,
@@ -422,6 +437,7 @@ impl TryFrom<v1::Attempt> for AttemptRecord {
             ready_at: optional_timestamp("ready_at", ready_at)?,
             started_at: optional_timestamp("started_at", started_at)?,
             ended_at: optional_timestamp("ended_at", ended_at)?,
+            lease: optional_duration("lease", lease)?,
         })
     }
 }
@@ -439,6 +455,7 @@ impl From<&MemberRecord> for v1::Member {
             outputs,
             checkpoint,
             warning,
+            cleanup,
         } = member;
         Self {
             node: node.0,
@@ -451,6 +468,7 @@ impl From<&MemberRecord> for v1::Member {
             outputs: digest_bytes(*outputs),
             checkpoint: digest_bytes(*checkpoint),
             warning: warning.clone(),
+            cleanup: cleanup.clone(),
         }
     }
 }
@@ -470,6 +488,7 @@ impl TryFrom<v1::Member> for MemberRecord {
             outputs,
             checkpoint,
             warning,
+            cleanup,
         } = message;
         Ok(Self {
             node: node_id("node", node)?,
@@ -482,6 +501,7 @@ impl TryFrom<v1::Member> for MemberRecord {
             outputs: optional_digest("outputs", &outputs)?,
             checkpoint: optional_digest("checkpoint", &checkpoint)?,
             warning,
+            cleanup,
         })
     }
 }

@@ -1,7 +1,8 @@
 //! The two sets that a session exchanges: what the coordinator wants of an agent, and what the agent observed.
 
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, Ending, Go, MemberSpec, ObservedMember, ObservedPhase, Stop,
+    Cleanup, DesiredMember, DesiredPhase, Ending, Go, LeftProcess, MemberSpec, ObservedMember,
+    ObservedPhase, Stop,
 };
 
 use super::job::reason_code;
@@ -131,6 +132,7 @@ impl From<&MemberSpec> for v1::MemberSpec {
             resume_from,
             time_limit,
             grace,
+            lease,
         } = spec;
         Self {
             job_name: job_name.clone(),
@@ -148,6 +150,7 @@ impl From<&MemberSpec> for v1::MemberSpec {
             resume_from: digest_list(resume_from),
             time_limit: time_limit.map(duration),
             grace: Some(duration(*grace)),
+            lease: lease.map(duration),
         }
     }
 }
@@ -172,6 +175,7 @@ impl TryFrom<v1::MemberSpec> for MemberSpec {
             resume_from,
             time_limit,
             grace,
+            lease,
         } = message;
         Ok(Self {
             job_name,
@@ -189,6 +193,7 @@ impl TryFrom<v1::MemberSpec> for MemberSpec {
             resume_from: digests("resume_from", &resume_from)?,
             time_limit: optional_duration("time_limit", time_limit)?,
             grace: to_duration("grace", grace)?,
+            lease: optional_duration("lease", lease)?,
         })
     }
 }
@@ -209,7 +214,11 @@ impl From<&ObservedMember> for v1::ObservedMember {
             ObservedPhase::Running { started_at } => Phase::Running(v1::RunningPhase {
                 started_at: Some(timestamp(*started_at)),
             }),
-            ObservedPhase::Stopping => Phase::Stopping(v1::StoppingPhase {}),
+            ObservedPhase::Stopping => Phase::Stopping(v1::StoppingPhase { cleanup: None }),
+            // To an older coordinator it is just being ended.
+            ObservedPhase::CleanupPending(cleanup) => Phase::Stopping(v1::StoppingPhase {
+                cleanup: Some(cleanup.into()),
+            }),
             ObservedPhase::Uploading(ending) => Phase::Uploading(ending.into()),
             ObservedPhase::Ended(ending) => Phase::Ended(ending.into()),
         };
@@ -248,10 +257,58 @@ fn observed_phase(phase: v1::observed_member::Phase) -> Result<ObservedPhase, In
         Phase::Running(v1::RunningPhase { started_at }) => ObservedPhase::Running {
             started_at: to_timestamp("running.started_at", started_at)?,
         },
-        Phase::Stopping(v1::StoppingPhase {}) => ObservedPhase::Stopping,
+        Phase::Stopping(v1::StoppingPhase { cleanup: None }) => ObservedPhase::Stopping,
+        Phase::Stopping(v1::StoppingPhase { cleanup }) => {
+            ObservedPhase::CleanupPending(required("stopping.cleanup", cleanup)?)
+        }
         Phase::Uploading(ending) => ObservedPhase::Uploading(required("uploading", Some(ending))?),
         Phase::Ended(ending) => ObservedPhase::Ended(required("ended", Some(ending))?),
     })
+}
+
+impl From<&Cleanup> for v1::Cleanup {
+    fn from(cleanup: &Cleanup) -> Self {
+        let Cleanup { ending, left, more } = cleanup;
+        let left = left.iter().map(|process| {
+            let LeftProcess { pid, state, name } = process;
+            v1::LeftProcess {
+                pid: *pid,
+                state: state.to_string(),
+                name: name.clone(),
+            }
+        });
+        Self {
+            ending: Some(ending.into()),
+            left: left.collect(),
+            more: *more,
+        }
+    }
+}
+
+impl TryFrom<v1::Cleanup> for Cleanup {
+    type Error = InvalidField;
+
+    fn try_from(cleanup: v1::Cleanup) -> Result<Self, InvalidField> {
+        let v1::Cleanup { ending, left, more } = cleanup;
+        Ok(Self {
+            ending: required("ending", ending)?,
+            left: list("left", left)?,
+            more,
+        })
+    }
+}
+
+impl TryFrom<v1::LeftProcess> for LeftProcess {
+    type Error = InvalidField;
+
+    fn try_from(process: v1::LeftProcess) -> Result<Self, InvalidField> {
+        let v1::LeftProcess { pid, state, name } = process;
+        let mut letters = state.chars();
+        match (letters.next(), letters.next()) {
+            (Some(state), None) if state.is_ascii_alphabetic() => Ok(Self { pid, state, name }),
+            _ => Err(InvalidField::new("state", "is not one letter")),
+        }
+    }
 }
 
 impl From<&Ending> for v1::Ending {

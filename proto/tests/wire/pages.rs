@@ -49,6 +49,7 @@ fn desired(count: u64, argument_bytes: usize) -> Vec<DesiredMember> {
         resume_from: vec![],
         time_limit: None,
         grace: Default::default(),
+        lease: None,
     };
     let member = |number| DesiredMember {
         attempt: attempt(number),

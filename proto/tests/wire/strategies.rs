@@ -17,8 +17,8 @@ use trainyard_common::ids::{
 };
 use trainyard_common::inventory::{Cpu, Disk, Gpu, Interface, Inventory, NumaNode};
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, EndCause, Ending, Go, MemberSpec, ObservedMember, ObservedPhase,
-    RankEnd, Stop,
+    Cleanup, DesiredMember, DesiredPhase, EndCause, Ending, Go, LeftProcess, MemberSpec,
+    ObservedMember, ObservedPhase, RankEnd, Stop,
 };
 use trainyard_common::record::{
     AttemptRecord, BundleRecord, BundleState, CancelRequest, JobRecord, MemberRecord, NodeRecord,
@@ -230,7 +230,7 @@ pub(crate) fn job() -> impl Strategy<Value = JobRecord> {
 }
 
 pub(crate) fn task() -> impl Strategy<Value = TaskRecord> {
-    let counts = any::<[u32; 4]>();
+    let counts = (any::<[u32; 4]>(), any::<u32>(), vec(node_id(), 0..3));
     let rest = (
         select(JobState::ALL),
         reason(),
@@ -240,7 +240,11 @@ pub(crate) fn task() -> impl Strategy<Value = TaskRecord> {
     );
     (job_id(), counts, rest, user(), workspace()).prop_map(
         |(job, counts, rest, owner, workspace)| {
-            let [index, attempts, failures, infrastructure_failures] = counts;
+            let (
+                [index, attempts, failures, infrastructure_failures],
+                early_ends,
+                nodes_taken_down,
+            ) = counts;
             let (state, reason, exit, checkpoints, ended_at) = rest;
             TaskRecord {
                 job,
@@ -252,6 +256,8 @@ pub(crate) fn task() -> impl Strategy<Value = TaskRecord> {
                 attempts,
                 failures,
                 infrastructure_failures,
+                early_ends,
+                nodes_taken_down,
                 exit,
                 checkpoints,
                 ended_at,
@@ -269,10 +275,11 @@ fn member() -> impl Strategy<Value = MemberRecord> {
         option::of(digest()),
         option::of(digest()),
         text(),
+        text(),
     );
     (given, seen).prop_map(|(given, seen)| {
         let (node, resources, gpu_uuids, address) = given;
-        let (phase, port, ranks, outputs, checkpoint, warning) = seen;
+        let (phase, port, ranks, outputs, checkpoint, warning, cleanup) = seen;
         MemberRecord {
             node,
             resources,
@@ -284,6 +291,7 @@ fn member() -> impl Strategy<Value = MemberRecord> {
             outputs,
             checkpoint,
             warning,
+            cleanup,
         }
     })
 }
@@ -299,6 +307,7 @@ pub(crate) fn attempt() -> impl Strategy<Value = AttemptRecord> {
         option::of(time()),
         option::of(time()),
         option::of(time()),
+        option::of(duration()),
     );
     let state = (
         attempt_ref(),
@@ -312,7 +321,7 @@ pub(crate) fn attempt() -> impl Strategy<Value = AttemptRecord> {
         let (id, owner, workspace, state, reason) = state;
         let (outcome, exit, failed_rank) = decided;
         let (members, resume_from) = members;
-        let (placed_at, ready_at, started_at, ended_at) = times;
+        let (placed_at, ready_at, started_at, ended_at, lease) = times;
         AttemptRecord {
             id,
             owner,
@@ -328,6 +337,7 @@ pub(crate) fn attempt() -> impl Strategy<Value = AttemptRecord> {
             ready_at,
             started_at,
             ended_at,
+            lease,
         }
     })
 }
@@ -523,11 +533,12 @@ fn member_spec() -> impl Strategy<Value = MemberSpec> {
         text_map(),
         option::of(duration()),
         duration(),
+        option::of(duration()),
     );
     (whose, given, run).prop_map(|(whose, given, run)| {
         let (job_name, owner, workspace, [node_rank, nodes, procs_per_node]) = whose;
         let (resources, gpu_uuids, snapshot, resume_from) = given;
-        let (launcher, command, env, time_limit, grace) = run;
+        let (launcher, command, env, time_limit, grace, lease) = run;
         MemberSpec {
             job_name,
             owner,
@@ -544,6 +555,7 @@ fn member_spec() -> impl Strategy<Value = MemberSpec> {
             resume_from,
             time_limit,
             grace,
+            lease,
         }
     })
 }
@@ -595,12 +607,23 @@ fn ending() -> impl Strategy<Value = Ending> {
     })
 }
 
+fn cleanup() -> impl Strategy<Value = Cleanup> {
+    let left = (any::<u32>(), proptest::char::range('A', 'Z'), text())
+        .prop_map(|(pid, state, name)| LeftProcess { pid, state, name });
+    (ending(), vec(left, 0..3), any::<u32>()).prop_map(|(ending, left, more)| Cleanup {
+        ending,
+        left,
+        more,
+    })
+}
+
 pub(crate) fn observed() -> impl Strategy<Value = ObservedMember> {
     let phase = prop_oneof![
         Just(ObservedPhase::Preparing),
         (1..=u16::MAX).prop_map(|port| ObservedPhase::Ready { port }),
         time().prop_map(|started_at| ObservedPhase::Running { started_at }),
         Just(ObservedPhase::Stopping),
+        cleanup().prop_map(ObservedPhase::CleanupPending),
         ending().prop_map(ObservedPhase::Uploading),
         ending().prop_map(ObservedPhase::Ended),
     ];

@@ -2,32 +2,34 @@
 //! [`Findings::broken`] is a broken promise; what is allowed but worth knowing is counted.
 
 mod promises;
+mod settled;
 #[cfg(test)]
 mod tests;
+mod training;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use self::promises::{
-    attempts, cancels, codes, gang_stop, logs, outputs, overlaps, starts, successes, verdict,
+    attempts, cancels, codes, epochs, gang_stop, leases, logs, outputs, overlaps, starts,
+    successes, verdict,
 };
-use super::daemon::Daemon;
+use self::settled::{cgroups_gone, cleaned, same_jobs, settle};
+use self::training::References;
 use super::ledger::{Event, Life, Line, Who, lives};
 use super::output::attempt_id;
-use super::plan::{Job, Kind};
-use super::script::Step;
+use super::plan::{Job, Kind, Policy};
+use super::script::{LONG_AGENT, Step};
+use super::timing;
+use super::trouble::Troubles;
 use super::users::{Accepted, Cancelled, Sighting, Users};
 use super::world::{As, World};
-use super::{rest, timing};
 
 /// Longest a command of the checker may take.
 const COMMAND: Duration = Duration::from_secs(60);
-/// How soon after the last job's end nothing may be left of any.
-const CLEAN: Duration = Duration::from_secs(90);
 /// Commands at a time.
 const READERS: usize = 4;
 
@@ -42,8 +44,8 @@ pub(crate) struct Findings {
     pub(crate) attempts: BTreeMap<String, u32>,
     /// Allowed, and how often.
     pub(crate) allowed: BTreeMap<&'static str, u32>,
-    /// From the first rank's failure to the end of all others, for each gang that failed by itself.
-    pub(crate) gang_stops: Vec<Duration>,
+    /// For each gang that failed by itself.
+    pub(crate) gang_stops: Vec<GangStop>,
     /// Ends of ranks during the faults, and the longest time between two.
     pub(crate) ended_meanwhile: usize,
     pub(crate) longest_pause: Duration,
@@ -58,6 +60,15 @@ impl Findings {
     fn allow(&mut self, what: &'static str) {
         *self.allowed.entry(what).or_default() += 1;
     }
+}
+
+/// How a gang ended of which one rank failed, by the ledger.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct GangStop {
+    /// From that rank's end to the end of all others.
+    pub(crate) took: Duration,
+    /// Whether meanwhile the coordinator or one of its nodes was in trouble.
+    pub(crate) disturbed: bool,
 }
 
 /// How a rank ended, as the cluster says.
@@ -79,6 +90,8 @@ struct Attempt {
     reason: String,
     message: String,
     ranks: BTreeMap<u32, Exit>,
+    /// On whose nodes it was.
+    agents: Vec<usize>,
     warned: bool,
 }
 
@@ -95,11 +108,22 @@ struct Case<'a> {
     cancels: Vec<&'a Cancelled>,
 }
 
+/// What is the same for every job.
+struct Scene<'a> {
+    world: &'a World,
+    lines: &'a [Line],
+    troubles: &'a Troubles,
+    references: References,
+    /// Agents by the id of their node.
+    nodes: BTreeMap<String, usize>,
+}
+
 /// Waits until the cluster has settled and checks everything.
 pub(crate) fn check(
     world: &World,
     users: &Users,
     script: &[Step],
+    troubles: &Troubles,
     window: (Duration, Duration),
 ) -> Findings {
     let mut findings = Findings::default();
@@ -118,6 +142,13 @@ pub(crate) fn check(
     for (who, life) in lives(&lines) {
         by_job.entry(who.job).or_default().insert(who, life);
     }
+    let scene = Scene {
+        world,
+        lines: &lines,
+        troubles,
+        references: References::new(world, u32::try_from(world.agents.len()).unwrap_or(0)),
+        nodes: nodes(world),
+    };
     let findings = Mutex::new(findings);
     let queue = Mutex::new(told.accepted.iter());
     std::thread::scope(|scope| {
@@ -132,8 +163,8 @@ pub(crate) fn check(
                         .iter()
                         .filter(|cancel| cancel.id == accepted.id)
                         .collect();
-                    match case(world, accepted, lives, cancels) {
-                        Ok(case) => examine(world, &case, &lines, &mut own),
+                    match case(&scene, accepted, lives, cancels) {
+                        Ok(case) => examine(&scene, &case, &mut own),
                         Err(problem) => own.broken.push(problem),
                     }
                     if let Ok(mut all) = findings.lock() {
@@ -173,179 +204,6 @@ fn text(value: &Value) -> String {
 
 fn is_over(state: &str) -> bool {
     ["SUCCEEDED", "FAILED", "CANCELLED", "TIMED_OUT"].contains(&state)
-}
-
-/// Waits until every accepted job is over; the jobs as listed then.
-fn settle(world: &World, accepted: &[Accepted], findings: &mut Findings) -> Vec<Value> {
-    let deadline = Instant::now() + timing::SETTLE;
-    loop {
-        let ran = world.yard(As::User, &["jobs", "-a", "-n", "100000", "--json"], COMMAND);
-        let value = serde_json::from_str::<Value>(&ran.stdout).unwrap_or_default();
-        let listed = value["jobs"].as_array().cloned().unwrap_or_default();
-        let open: Vec<_> = listed
-            .iter()
-            .filter(|job| !is_over(&text(&job["state"])))
-            .collect();
-        if open.is_empty() && listed.len() >= accepted.len() {
-            return listed;
-        }
-        if Instant::now() > deadline {
-            let named: Vec<_> = open
-                .iter()
-                .map(|job| {
-                    format!(
-                        "{} {}: {}",
-                        text(&job["id"]),
-                        text(&job["state"]),
-                        text(&job["reason"]["message"])
-                    )
-                })
-                .collect();
-            findings.broken.push(format!(
-                "{:?} after the faults {} of {} jobs are not over: {}",
-                timing::SETTLE,
-                open.len(),
-                accepted.len(),
-                named.join("; ")
-            ));
-            return listed;
-        }
-        rest(Duration::from_millis(300));
-    }
-}
-
-/// Waits until no process and no directory of an attempt is left and every node is ready and free.
-fn cleaned(world: &World, findings: &mut Findings) {
-    let deadline = Instant::now() + CLEAN;
-    loop {
-        let left = leftovers(world);
-        if left.is_empty() {
-            return;
-        }
-        findings.last_left = left.join("; ");
-        if Instant::now() > deadline {
-            findings.broken.extend(left);
-            return;
-        }
-        rest(Duration::from_millis(200));
-    }
-}
-
-fn leftovers(world: &World) -> Vec<String> {
-    let mut left = Vec::new();
-    let mut agents: Vec<_> = world
-        .agents
-        .iter()
-        .filter_map(Daemon::pid)
-        .map(u32::cast_signed)
-        .collect();
-    for process in world.others() {
-        // Each agent keeps one supervisor ready, and no more.
-        if let Some(agent) = agents.iter().position(|agent| process.is_spare_of(*agent)) {
-            agents.swap_remove(agent);
-            continue;
-        }
-        let what = if process.is_shim() {
-            "a supervisor"
-        } else {
-            "a process"
-        };
-        left.push(format!(
-            "{what} is left: {} {}",
-            process.pid,
-            process.arguments.join(" ")
-        ));
-    }
-    for agent in 0..world.agents.len() {
-        for place in ["attempts", "bundles"] {
-            let dir = world.agent_dir(agent).join(place);
-            for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-                left.push(format!("a directory is left: {}", entry.path().display()));
-            }
-        }
-    }
-    if left.is_empty() && !world.all_ready() {
-        let nodes: Vec<_> = world.nodes().iter().map(node_text).collect();
-        left.push(format!(
-            "not every node is ready and free: {}",
-            nodes.join("; ")
-        ));
-    }
-    left
-}
-
-fn node_text(node: &Value) -> String {
-    format!(
-        "{} {} ({}), free {} of {}, attempts {}",
-        node["name"],
-        node["availability"],
-        node["reason"]["message"],
-        node["free"],
-        node["capacity"],
-        node["attempts"]
-    )
-}
-
-/// What was accepted is listed, under its request id, and nothing else is.
-fn same_jobs(accepted: &[Accepted], listed: &[Value], findings: &mut Findings) {
-    let told: BTreeMap<_, _> = accepted
-        .iter()
-        .map(|one| (one.job.request.clone(), one.id))
-        .collect();
-    let mut seen = BTreeSet::new();
-    for job in listed {
-        let (id, request) = (text(&job["id"]), text(&job["request_id"]));
-        if !seen.insert(request.clone()) {
-            findings.broken.push(format!(
-                "two jobs were made under the request id {request}; one is {id}"
-            ));
-        }
-        match told.get(&request) {
-            Some(known) if id == format!("j{known}") => {}
-            Some(known) => findings
-                .broken
-                .push(format!("{request} was told to be j{known} and is {id}")),
-            None => findings.broken.push(format!(
-                "{id} was accepted under {request}, of which nobody was told"
-            )),
-        }
-    }
-    for (request, id) in told {
-        if !seen.contains(&request) {
-            findings
-                .broken
-                .push(format!("j{id} ({request}) was accepted and is lost"));
-        }
-    }
-}
-
-fn cgroups_gone(lines: &[Line], findings: &mut Findings) {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mount = mounts.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        right
-            .starts_with("cgroup2 ")
-            .then(|| PathBuf::from(left.split(' ').nth(4).unwrap_or("/")))
-    });
-    let Some(mount) = mount else {
-        return;
-    };
-    let mut named = BTreeSet::new();
-    for line in lines {
-        if let Event::Start(cgroup) = &line.event
-            && cgroup.contains("trainyard-")
-        {
-            named.insert(mount.join(cgroup.trim_start_matches('/')));
-        }
-    }
-    if named.is_empty() {
-        findings.allow("runs without cgroups of attempts");
-    }
-    for path in named.iter().filter(|path| path.exists()) {
-        findings
-            .broken
-            .push(format!("a cgroup is left: {}", path.display()));
-    }
 }
 
 fn progress(lines: &[Line], (began, ended): (Duration, Duration), findings: &mut Findings) {
@@ -388,13 +246,27 @@ fn exit(value: &Value) -> Option<Exit> {
     })
 }
 
+/// Agents by the id of their node.
+fn nodes(world: &World) -> BTreeMap<String, usize> {
+    let agent = |node: &Value| {
+        let mut agents = world.agents.iter();
+        agents.position(|agent| node["name"] == agent.name())
+    };
+    world
+        .nodes()
+        .iter()
+        .filter_map(|node| Some((text(&node["id"]), agent(node)?)))
+        .collect()
+}
+
 fn case<'a>(
-    world: &World,
+    scene: &Scene<'_>,
     accepted: &'a Accepted,
     lives: BTreeMap<Who, Life>,
     cancels: Vec<&'a Cancelled>,
 ) -> Result<Case<'a>, String> {
     let id = accepted.id;
+    let world = scene.world;
     let ran = world.yard(As::User, &["job", &format!("j{id}"), "--json"], COMMAND);
     let detail: Value = serde_json::from_str(&ran.stdout)
         .map_err(|error| format!("j{id} cannot be shown: {error}, {}", ran.stderr))?;
@@ -414,13 +286,16 @@ fn case<'a>(
         reason: text(&detail["reason"]["code"]),
         exit: exit(&detail["exit"]),
         tasks,
-        attempts: attempts.iter().filter_map(attempt).collect(),
+        attempts: attempts
+            .iter()
+            .filter_map(|value| attempt(value, &scene.nodes))
+            .collect(),
         lives,
         cancels,
     })
 }
 
-fn attempt(value: &Value) -> Option<Attempt> {
+fn attempt(value: &Value, nodes: &BTreeMap<String, usize>) -> Option<Attempt> {
     let (_, task, number) = attempt_id(value["id"].as_str()?)?;
     let members = value["members"].as_array().cloned().unwrap_or_default();
     let ranks = members
@@ -441,6 +316,10 @@ fn attempt(value: &Value) -> Option<Attempt> {
                 ))
             })
             .collect(),
+        agents: members
+            .iter()
+            .filter_map(|member| nodes.get(member["node"].as_str()?).copied())
+            .collect(),
         warned: members
             .iter()
             .any(|member| !text(&member["warning"]).is_empty()),
@@ -448,12 +327,10 @@ fn attempt(value: &Value) -> Option<Attempt> {
 }
 
 impl Attempt {
-    /// Given up without a word from its node, and labelled so: it may have lived on. When its node is back, it is over as
-    /// any other, but for its reason.
+    /// Given up without a word from one of its nodes, and labelled so: it may have lived on. When its node is back, it is
+    /// over as any other, but for what is said of it.
     fn is_unconfirmed(&self) -> bool {
-        self.outcome == "INTERRUPTED"
-            && self.reason == "NODE_LOST"
-            && self.message.contains("unconfirmed")
+        self.message.contains("unconfirmed on")
     }
 }
 
@@ -473,17 +350,24 @@ impl Case<'_> {
         })
     }
 
-    /// Whether a rank belongs to an attempt that was given up and may have lived on; never if its job wanted to wait.
+    /// The attempt that succeeded.
+    fn succeeded(&self) -> Option<&Attempt> {
+        self.attempts
+            .iter()
+            .find(|attempt| attempt.outcome == "SUCCEEDED")
+    }
+
+    /// Whether a rank belongs to an attempt that was given up and may have lived on; never unless its job wanted that.
     fn is_unconfirmed(&self, who: Who) -> bool {
-        let waits = self.job.flags.iter().any(|flag| flag == "wait");
-        !waits
+        self.job.policy == Policy::Replace
             && self
                 .attempt(who.task, who.attempt)
                 .is_some_and(Attempt::is_unconfirmed)
     }
 }
 
-fn examine(world: &World, case: &Case<'_>, lines: &[Line], findings: &mut Findings) {
+fn examine(scene: &Scene<'_>, case: &Case<'_>, findings: &mut Findings) {
+    let world = scene.world;
     *findings
         .ends
         .entry((case.job.kind, format!("{} {}", case.state, case.reason)))
@@ -500,17 +384,43 @@ fn examine(world: &World, case: &Case<'_>, lines: &[Line], findings: &mut Findin
         *findings.attempts.entry(name).or_default() += 1;
     }
     starts(case, findings);
+    epochs(case, findings);
     attempts(case, findings);
     overlaps(case, findings);
+    leases(case, scene.troubles, findings);
     successes(case, findings);
     codes(case, findings);
     verdict(case, findings);
-    cancels(case, lines, findings);
-    gang_stop(case, findings);
+    cancels(case, scene.lines, findings);
+    gang_stop(case, scene.troubles, findings);
+    lasting(case, findings);
     logs(world, case, findings);
-    if case.job.kind == Kind::Outputs && case.state == "SUCCEEDED" {
-        outputs(world, case, findings);
+    match case.job.kind {
+        Kind::Outputs => outputs(world, case, findings),
+        Kind::Training => training::result(world, case, &scene.references, findings),
+        _ => {}
     }
+}
+
+/// What became of those that were there when a node fell away for long.
+fn lasting(case: &Case<'_>, findings: &mut Findings) {
+    if case.job.kind != Kind::Lasting {
+        return;
+    }
+    let away = |attempt: &Attempt| attempt.agents.contains(&LONG_AGENT);
+    let first = case.attempts.iter().min_by_key(|attempt| attempt.number);
+    if !first.is_some_and(away) {
+        return findings.allow("lasting jobs elsewhere");
+    }
+    let once = case.attempts.len() == 1;
+    findings.allow(match (case.job.policy, once) {
+        (Policy::Replace, true) => "lasting jobs there, replace: one attempt",
+        (Policy::Replace, false) => "lasting jobs there, replace: several attempts",
+        (Policy::Wait, true) => "lasting jobs there, wait: one attempt",
+        (Policy::Wait, false) => "lasting jobs there, wait: several attempts",
+        (Policy::Stop, true) => "lasting jobs there, stop: one attempt",
+        (Policy::Stop, false) => "lasting jobs there, stop: several attempts",
+    });
 }
 
 /// Nothing that happens from outside makes a part of the cluster panic.

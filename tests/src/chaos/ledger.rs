@@ -1,7 +1,8 @@
 //! The ledger: what the ranks themselves wrote down, in a file that every network namespace of this machine shares. It is
 //! the witness against the cluster's own view, so nothing here may know of it.
 //!
-//! A line: boot-clock nanoseconds, job, task, attempt, rank, pid, event, and the event's own word. Beside the file lies a
+//! A line: boot-clock nanoseconds, job, task, attempt, rank, pid, event, and the event's own word. The attempt is its
+//! number, which is the epoch in every message of the cluster and `YARD_ATTEMPT` for the rank. Beside the file lies a
 //! directory of locks, one file for each rank of each attempt: made once (a second start fails) and locked for as long as
 //! the rank or anything that it left behind lives, so that a later attempt can see whether an earlier one is over.
 
@@ -26,6 +27,7 @@ pub(crate) fn boot_clock() -> Duration {
 pub(crate) struct Who {
     pub(crate) job: u64,
     pub(crate) task: u32,
+    /// The epoch.
     pub(crate) attempt: u32,
     pub(crate) rank: u32,
 }

@@ -9,6 +9,7 @@
 //! | `world`, `net`, `proxy`, `daemon`, `processes` | hosts, cables, disks and processes |
 //! | `force`, `users` | what is done to them, and who works meanwhile |
 //! | `check`, `summary` | whether every promise was kept, and the numbers |
+//! | `trouble` | when what was wrong, so that numbers can leave it out |
 
 mod check;
 mod daemon;
@@ -23,6 +24,7 @@ mod rng;
 mod script;
 mod summary;
 mod timing;
+mod trouble;
 mod users;
 pub mod witness;
 mod world;
@@ -34,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use rng::Rng;
 use script::Stage;
+use trouble::Troubles;
 use world::World;
 
 /// Nodes of the cluster.
@@ -135,12 +138,14 @@ pub fn run(options: &Options) {
         witness: &world.witness(),
         ledger: world.ledger.dir(),
         nodes: u32::try_from(AGENTS).unwrap_or(1),
+        node_mib: world::memory_mib(),
     };
     // The end of the faults meets jobs that are under way.
     let plan = plan::jobs(
         &mut rng.fork(),
         options.jobs,
         options.time.mul_f64(0.97),
+        &script::long(&script),
         &commands,
     );
     world.note(
@@ -160,7 +165,7 @@ pub fn run(options: &Options) {
 
     let stop = AtomicBool::new(false);
     let users = users::Users::new(plan);
-    let (window, findings) = std::thread::scope(|scope| {
+    let (window, troubles, findings) = std::thread::scope(|scope| {
         scope.spawn(|| daemon::supervise(world.daemons(), &stop));
         // The supervisor ends also when something below panics.
         let _stop = StopAtEnd(&stop);
@@ -169,7 +174,7 @@ pub fn run(options: &Options) {
         let (users, world) = (&users, &world);
         let ended = std::thread::scope(|scope| {
             let now = Instant::now();
-            scope.spawn(move || users.work(world, now));
+            scope.spawn(move || users.work(world, now, options.time));
             scope.spawn(move || users.watch(world, now + options.time));
             force::play(world, &script, options.time, users);
             let ended = ledger::boot_clock();
@@ -177,10 +182,18 @@ pub fn run(options: &Options) {
             ended
         });
         let window = (began, ended);
-        let findings = check::check(world, users, &script, window);
-        (window, findings)
+        let troubles = Troubles::new(&script, began);
+        let findings = check::check(world, users, &script, &troubles, window);
+        (window, troubles, findings)
     });
-    let text = summary::summary(options, &world, &script, &users, window, &findings);
+    let text = summary::summary(
+        options,
+        &world,
+        &script,
+        &users,
+        (window, &troubles),
+        &findings,
+    );
     world.note("summary.txt", &text);
     tell(&text);
     if findings.broken.is_empty() && options.keep {

@@ -27,6 +27,11 @@ pub(crate) fn missing() -> Option<&'static str> {
             "iptables",
             "iptables is missing (Debian's package iptables)",
         ),
+        (
+            "nsenter",
+            "nsenter is missing (Debian's package util-linux)",
+        ),
+        ("python3", "python3 is missing, which the jobs train with"),
     ] {
         let found = Command::new(program)
             .arg("-V")

@@ -11,6 +11,17 @@ use crate::repository;
 const TRAINING: &str = "examples/digits/job.yaml";
 /// Lines of a job that floods its output: about 4 MiB.
 const FLOOD: u64 = 100_000;
+/// What every training does. With a pause in each of its 45 steps an epoch takes a second or two, so that faults meet it.
+pub(crate) const TRAINING_EPOCHS: u32 = 3;
+const STEP_SLEEP: &str = "0.02";
+/// Jobs of each policy that are there when a node falls away for longer than the cluster waits, and how long before that
+/// they are submitted. Five of the nine fit on a node by their share (of a hundred) of its memory, so that they are on two
+/// of three nodes, and on any two there is room for all of them: one that fits nowhere would have all others wait behind it.
+const LASTING: u32 = 3;
+const LASTING_MEMORY: u64 = 18;
+const BEFORE_LONG: Duration = Duration::from_secs(6);
+/// How long they work: until the node is given up at least.
+const LASTING_WORK: u64 = 36_000;
 
 /// What a job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +50,31 @@ pub(crate) enum Kind {
     Flood,
     /// Leaves outputs.
     Outputs,
+    /// Is there when a node falls away for long, and works for longer than the cluster waits.
+    Lasting,
+}
+
+/// What is to happen when a node falls silent: the job's `--on-disconnect`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Policy {
+    /// Another attempt begins after a while, and the old one may still live.
+    Replace,
+    /// Another attempt begins when the end of the old one is known.
+    Wait,
+    /// The node ends the old attempt by itself, and then another one begins.
+    Stop,
+}
+
+impl Policy {
+    const ALL: [Self; 3] = [Self::Replace, Self::Wait, Self::Stop];
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Replace => "replace",
+            Self::Wait => "wait",
+            Self::Stop => "stop",
+        }
+    }
 }
 
 /// How a job is cancelled.
@@ -59,6 +95,7 @@ pub(crate) struct Job {
     /// Of `yard submit`, before the command.
     pub(crate) flags: Vec<String>,
     pub(crate) command: Vec<String>,
+    pub(crate) policy: Policy,
     /// Tasks, and ranks of each.
     pub(crate) tasks: u32,
     pub(crate) ranks: u32,
@@ -85,25 +122,56 @@ pub(crate) struct Commands<'a> {
     pub(crate) ledger: &'a Path,
     /// Nodes of the cluster: no gang is larger.
     pub(crate) nodes: u32,
+    /// Memory of each of them.
+    pub(crate) node_mib: u64,
 }
 
-/// Draws jobs that are submitted within `time`, in that order.
-pub(crate) fn jobs(rng: &mut Rng, count: u32, time: Duration, commands: &Commands<'_>) -> Vec<Job> {
+/// Draws jobs that are submitted within `time`, in that order. `long` is when nodes fall away for longer than the cluster
+/// waits.
+pub(crate) fn jobs(
+    rng: &mut Rng,
+    count: u32,
+    time: Duration,
+    long: &[Duration],
+    commands: &Commands<'_>,
+) -> Vec<Job> {
     let most = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    let mut dues: Vec<_> = (0..count)
-        .map(|_| Duration::from_millis(rng.between(0, most)))
+    let mut dues: Vec<_> = long
+        .iter()
+        .flat_map(|at| (0..LASTING).map(|round| (at.saturating_sub(BEFORE_LONG), round)))
+        .flat_map(|(due, round)| Policy::ALL.map(|policy| (due, round, Some(policy))))
+        .take(count as usize)
         .collect();
+    while dues.len() < count as usize {
+        dues.push((Duration::from_millis(rng.between(0, most)), 0, None));
+    }
     dues.sort_unstable();
     let run = rng.between(0, 1 << 40);
     dues.into_iter()
         .enumerate()
-        .map(|(number, due)| {
-            let mut job = job(&mut rng.fork(), commands);
+        .map(|(number, (due, _, lasting))| {
+            let mut rng = rng.fork();
+            let mut job = match lasting {
+                Some(policy) => self::lasting(&mut rng, policy, commands),
+                None => job(&mut rng, commands),
+            };
             job.request = format!("chaos-{run:x}-{number}");
             job.due = due;
             job
         })
         .collect()
+}
+
+/// One that nobody cancels. It takes little, so that all of them fit beside what else is there.
+fn lasting(rng: &mut Rng, policy: Policy, commands: &Commands<'_>) -> Job {
+    let mut job = Job {
+        lines: rng.between(0, 20),
+        ..bare(Kind::Lasting, policy)
+    };
+    let memory = format!("{}MiB", commands.node_mib * LASTING_MEMORY / 100);
+    flag(&mut job, &["--cpus", "0.1", "--memory", &memory]);
+    shape(rng, &mut job, commands);
+    job
 }
 
 fn job(rng: &mut Rng, commands: &Commands<'_>) -> Job {
@@ -114,8 +182,8 @@ fn job(rng: &mut Rng, commands: &Commands<'_>) -> Job {
         (5, Kind::FailsOnce),
         (9, Kind::Array),
         (6, Kind::Gang),
-        (6, Kind::GangFails),
-        (7, Kind::Training),
+        (8, Kind::GangFails),
+        (8, Kind::Training),
         (4, Kind::Deaf),
         (4, Kind::Daemon),
         (3, Kind::Flood),
@@ -124,45 +192,63 @@ fn job(rng: &mut Rng, commands: &Commands<'_>) -> Job {
     // Of those that are over in a moment few are there long enough.
     let cancelled = match kind {
         Kind::Short | Kind::Fails | Kind::FailsOnce | Kind::Flood | Kind::Outputs => 8,
+        Kind::Training => 15,
         _ => 35,
     };
+    let policy = rng.weighted(&[
+        (60, Policy::Replace),
+        (20, Policy::Wait),
+        (20, Policy::Stop),
+    ]);
+    let mut job = Job {
+        lines: rng.between(0, 20),
+        cancel: rng.percent(cancelled).then(|| Cancel {
+            after: Duration::from_millis(rng.between(0, 4000)),
+            waits: rng.percent(60),
+        }),
+        again: rng.percent(10),
+        other: rng.percent(5),
+        ..bare(kind, policy)
+    };
+    while rng.percent(20) && job.impatient.len() < 3 {
+        job.impatient
+            .push(Duration::from_millis(rng.between(20, 300)));
+    }
+    // Only training computes; the others would wait for each other more than for what goes wrong.
+    let cpus = if kind == Kind::Training {
+        "0.5"
+    } else {
+        "0.25"
+    };
+    flag(&mut job, &["--cpus", cpus]);
+    shape(rng, &mut job, commands);
+    job
+}
+
+/// A job that has a name and a policy and does nothing yet.
+fn bare(kind: Kind, policy: Policy) -> Job {
     let mut job = Job {
         request: String::new(),
         due: Duration::ZERO,
         kind,
         flags: Vec::new(),
         command: Vec::new(),
+        policy,
         tasks: 1,
         ranks: 1,
-        lines: rng.between(0, 20),
+        lines: 0,
         outputs: 0,
         retries: 0,
         code: 0,
-        cancel: rng.percent(cancelled).then(|| Cancel {
-            after: Duration::from_millis(rng.between(0, 4000)),
-            waits: rng.percent(60),
-        }),
+        cancel: None,
         impatient: Vec::new(),
-        again: rng.percent(10),
-        other: rng.percent(5),
+        again: false,
+        other: false,
     };
-    while rng.percent(20) && job.impatient.len() < 3 {
-        job.impatient
-            .push(Duration::from_millis(rng.between(20, 300)));
+    flag(&mut job, &["--name", &format!("{kind:?}").to_lowercase()]);
+    if policy != Policy::Replace {
+        flag(&mut job, &["--on-disconnect", policy.word()]);
     }
-    flag(
-        &mut job,
-        &[
-            "--name",
-            &format!("{kind:?}").to_lowercase(),
-            "--cpus",
-            "0.5",
-        ],
-    );
-    if rng.percent(30) {
-        flag(&mut job, &["--on-disconnect", "wait"]);
-    }
-    shape(rng, &mut job, commands);
     job
 }
 
@@ -184,6 +270,10 @@ fn shape(rng: &mut Rng, job: &mut Job, commands: &Commands<'_>) {
             let most = if rng.percent(40) { 40_000 } else { 8000 };
             order("work", rng.between(2000, most));
         }
+        Kind::Lasting => {
+            order("work", LASTING_WORK);
+            flag(job, &["--grace", "1s"]);
+        }
         Kind::Fails | Kind::FailsOnce => {
             job.code = u8::try_from(rng.between(1, 80)).unwrap_or(1);
             order("work", rng.between(0, 1000));
@@ -195,14 +285,20 @@ fn shape(rng: &mut Rng, job: &mut Job, commands: &Commands<'_>) {
             }
         }
         Kind::Array => {
-            job.tasks = u32::try_from(rng.between(3, 10)).unwrap_or(3);
+            // Its tasks wait in bundles, also on nodes where they do not run at once.
+            let most = if rng.percent(20) { 60 } else { 10 };
+            job.tasks = u32::try_from(rng.between(3, most)).unwrap_or(3);
             let last = (job.tasks - 1).to_string();
             flag(job, &["--array", &format!("0-{last}")]);
-            order("work", rng.between(0, 2000));
+            order("work", rng.between(0, if most > 10 { 200 } else { 2000 }));
         }
         Kind::Gang | Kind::GangFails | Kind::Training => {
             job.ranks = u32::try_from(rng.between(2, commands.nodes.into())).unwrap_or(2);
             flag(job, &["--nodes", &job.ranks.to_string(), "--grace", "2s"]);
+            if job.kind != Kind::Training && rng.percent(30) {
+                job.ranks *= 2;
+                flag(job, &["--procs-per-node", "2"]);
+            }
             // A node that was given up does not count while it is away.
             flag(job, &["--allow-infeasible"]);
             match job.kind {
@@ -254,7 +350,7 @@ fn shape(rng: &mut Rng, job: &mut Job, commands: &Commands<'_>) {
         .collect();
 }
 
-/// Two epochs in plain Python; a rank that loses its peers for too long ends with 1, so it may try again.
+/// Training in plain Python; a rank that loses its peers for too long ends with 1, so it may try again.
 fn train(job: &mut Job) {
     let file = repository().join(TRAINING).display().to_string();
     flag(
@@ -263,12 +359,15 @@ fn train(job: &mut Job) {
     );
     job.retries = 3;
     job.code = 1;
+    let epochs = TRAINING_EPOCHS.to_string();
     job.command = [
         "--",
         "python3",
         "train.py",
         "--epochs",
-        "2",
+        &epochs,
+        "--step-sleep",
+        STEP_SLEEP,
         "--peer-timeout",
         "20",
         "--join-timeout",

@@ -125,8 +125,9 @@ pub(crate) struct Stage {
     pub(crate) coordinator_disk: bool,
 }
 
-/// The agent that is away for longer than the cluster waits, and when, in hundredths of the run.
-const LONG_AGENT: usize = 1;
+/// The agent that is away for longer than the cluster waits, and when, in hundredths of the run. Jobs of one node go to the
+/// fullest one that holds them and to the first of equals, so that this is where most of them run.
+pub(crate) const LONG_AGENT: usize = 0;
 const LONG_AT: [u32; 2] = [15, 60];
 
 /// Draws the script for a time; all is healed when that is over. The coordinator and each agent have troubles of their
@@ -151,7 +152,7 @@ pub(crate) fn script(rng: &mut Rng, time: Duration, stage: Stage) -> Vec<Step> {
     }
     let mut steps = Vec::new();
     let mut coordinator = rng.fork();
-    stream(&mut steps, &mut coordinator, time, (1500, 6000), |rng| {
+    stream(&mut steps, &mut coordinator, time, (1000, 5000), |rng| {
         of_coordinator(rng, stage)
     });
     steps.retain(|step| !long.iter().any(|long| overlap(step, long)));
@@ -166,6 +167,12 @@ pub(crate) fn script(rng: &mut Rng, time: Duration, stage: Stage) -> Vec<Step> {
     steps.extend(long);
     steps.sort_by_key(|step| step.at);
     steps
+}
+
+/// When nodes fall away for longer than the cluster waits.
+pub(crate) fn long(script: &[Step]) -> Vec<Duration> {
+    let long = script.iter().filter(|step| step.lasts >= timing::LONG);
+    long.map(|step| step.at).collect()
 }
 
 fn overlap(one: &Step, other: &Step) -> bool {
@@ -208,10 +215,10 @@ fn seconds(rng: &mut Rng, least: u64, most: u64) -> Duration {
 fn of_coordinator(rng: &mut Rng, stage: Stage) -> (Fault, Duration) {
     let pause = pause(rng);
     let mut choice = vec![
-        (55, Fault::KillCoordinator { pause }),
-        (8, Fault::KillAll { pause }),
-        (20, Fault::StopCoordinator),
-        (20, Fault::CutCoordinator),
+        (80, Fault::KillCoordinator { pause }),
+        (10, Fault::KillAll { pause }),
+        (15, Fault::StopCoordinator),
+        (15, Fault::CutCoordinator),
     ];
     if stage.coordinator_disk {
         choice.push((20, Fault::FullCoordinatorDisk));

@@ -6,10 +6,14 @@ use std::time::Duration;
 
 use super::Options;
 use super::check::Findings;
-use super::daemon::Daemon;
+use super::daemon::Kill;
 use super::script::Step;
+use super::trouble::Troubles;
 use super::users::Users;
 use super::world::World;
+
+/// A kill and its place in the script, or the start after it, are not further apart unless there is a pause.
+const SAME: Duration = Duration::from_millis(100);
 
 /// Writes it all down.
 pub(crate) fn summary(
@@ -17,7 +21,7 @@ pub(crate) fn summary(
     world: &World,
     script: &[Step],
     users: &Users,
-    window: (Duration, Duration),
+    (window, troubles): ((Duration, Duration), &Troubles),
     findings: &Findings,
 ) -> String {
     let told = users.told();
@@ -81,24 +85,37 @@ pub(crate) fn summary(
         "longest time without one",
         seconds(findings.longest_pause),
     );
-    let (from_kill, from_start) = recoveries(
-        &world.coordinator,
-        &told.accepted.iter().map(|one| one.at).collect::<Vec<_>>(),
+    let accepted: Vec<_> = told.accepted.iter().map(|one| one.at).collect();
+    let recovered = recoveries(&world.coordinator.kills(), &accepted, troubles);
+    line(
+        &mut text,
+        "coordinator killed, begun at once: next accepted submit",
+        spread(recovered.from_kill),
     );
     line(
         &mut text,
-        "coordinator killed until next accepted submit",
-        spread(from_kill),
+        "coordinator begun after a kill: next accepted submit",
+        spread(recovered.from_start),
     );
     line(
         &mut text,
-        "coordinator started until next accepted submit",
-        spread(from_start),
+        "  (left out: another fault of it came before)",
+        recovered.left_out.to_string(),
+    );
+    let stops = |disturbed: bool| {
+        let stops = findings.gang_stops.iter();
+        let of_them = stops.filter(|stop| stop.disturbed == disturbed);
+        spread(of_them.map(|stop| stop.took).collect())
+    };
+    line(
+        &mut text,
+        "rank failed until its gang had ended, undisturbed",
+        stops(false),
     );
     line(
         &mut text,
-        "rank failed until its gang was gone",
-        spread(findings.gang_stops.clone()),
+        "  (with a fault of the coordinator or of its nodes)",
+        stops(true),
     );
     line(
         &mut text,
@@ -123,15 +140,38 @@ pub(crate) fn summary(
     text
 }
 
-/// For each `kill -9` of the coordinator after which it was started: time until the next submit was accepted, from the
-/// kill and from the start.
-fn recoveries(coordinator: &Daemon, accepted: &[Duration]) -> (Vec<Duration>, Vec<Duration>) {
-    let recovered = coordinator.kills().into_iter().filter_map(|kill| {
-        let started = kill.started?;
-        let next = accepted.iter().copied().filter(|at| *at > started).min()?;
-        Some((next.saturating_sub(kill.at), next.saturating_sub(started)))
-    });
-    recovered.unzip()
+/// Times until a submit was accepted again.
+#[derive(Debug, Default)]
+struct Recoveries {
+    /// From the kill, where the script made no pause.
+    from_kill: Vec<Duration>,
+    /// From the start of the process, its pause left out.
+    from_start: Vec<Duration>,
+    /// Kills that another fault of the coordinator followed before that.
+    left_out: usize,
+}
+
+/// From each `kill -9` of the coordinator to the next submit that was accepted, as its user saw it: users try every 0.1
+/// seconds. Where the script did something else to the coordinator before that, the time would be the script's.
+fn recoveries(kills: &[Kill], accepted: &[Duration], troubles: &Troubles) -> Recoveries {
+    let mut recoveries = Recoveries::default();
+    for kill in kills {
+        let Some(started) = kill.started else {
+            continue;
+        };
+        let next = accepted.iter().copied().filter(|at| *at > started).min();
+        let trouble = troubles.next_of_coordinator(kill.at + SAME);
+        match (next, trouble) {
+            (Some(next), trouble) if trouble.is_none_or(|trouble| next < trouble) => {
+                recoveries.from_start.push(next.saturating_sub(started));
+                if started.saturating_sub(kill.at) < SAME {
+                    recoveries.from_kill.push(next.saturating_sub(kill.at));
+                }
+            }
+            _ => recoveries.left_out += 1,
+        }
+    }
+    recoveries
 }
 
 fn seconds(time: Duration) -> String {
@@ -151,5 +191,42 @@ fn spread(mut times: Vec<Duration>) -> String {
             )
         }
         _ => "never".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::script::Fault;
+    use super::*;
+
+    const AT: fn(u64) -> Duration = Duration::from_millis;
+
+    #[test]
+    fn a_recovery_leaves_out_pauses_and_what_another_fault_held_up() {
+        let kill = |at, pause| {
+            let pause = AT(pause);
+            let fault = Fault::KillCoordinator { pause };
+            let (lasts, at) = (Duration::ZERO, AT(at));
+            (
+                Kill {
+                    at: at + AT(3),
+                    started: Some(at + AT(10) + pause),
+                },
+                Step { at, lasts, fault },
+            )
+        };
+        let (kills, script): (Vec<_>, Vec<_>) = [
+            kill(1000, 0),
+            kill(5000, 2000),
+            kill(9000, 0),
+            kill(9500, 0),
+        ]
+        .into_iter()
+        .unzip();
+        let accepted = [AT(1400), AT(7500), AT(9900)];
+        let found = recoveries(&kills, &accepted, &Troubles::new(&script, Duration::ZERO));
+        assert_eq!(found.from_start, [AT(390), AT(490), AT(390)]);
+        assert_eq!(found.from_kill, [AT(397), AT(397)]);
+        assert_eq!(found.left_out, 1);
     }
 }

@@ -18,7 +18,7 @@ const USERS: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Time between tries of a command.
 const AGAIN: Duration = Duration::from_millis(100);
-/// After so long without success a command is broken.
+/// After so long without success a command is broken, and so long after the faults nothing more is submitted.
 const LONGEST: Duration = Duration::from_secs(240);
 /// Time between looks at the nodes.
 const WATCH: Duration = Duration::from_secs(1);
@@ -97,12 +97,12 @@ impl Users {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Submits everything and sees every cancel through.
-    pub(crate) fn work(&self, world: &World, began: Instant) {
+    /// Submits everything and sees every cancel through. `time` is how long things go wrong.
+    pub(crate) fn work(&self, world: &World, began: Instant, time: Duration) {
         std::thread::scope(|scope| {
             for _ in 0..USERS {
                 scope.spawn(|| {
-                    while let Some(job) = self.next(began) {
+                    while let Some(job) = self.next(began, time + LONGEST) {
                         let Some(id) = self.submit(world, &job) else {
                             continue;
                         };
@@ -135,9 +135,12 @@ impl Users {
         }
     }
 
-    /// The next job when it is due; nothing when there are no more.
-    fn next(&self, began: Instant) -> Option<Job> {
+    /// The next job when it is due; nothing when there are no more, or when it is too late for any.
+    fn next(&self, began: Instant, most: Duration) -> Option<Job> {
         loop {
+            if began.elapsed() > most {
+                return self.give_up();
+            }
             {
                 let mut jobs = self
                     .jobs
@@ -156,6 +159,20 @@ impl Users {
             }
             rest(Duration::from_millis(10));
         }
+    }
+
+    /// A cluster that takes no jobs fails the run once, and not once for each job that is left.
+    fn give_up(&self) -> Option<Job> {
+        let mut jobs = self
+            .jobs
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let left = std::mem::take(&mut *jobs).len();
+        if left > 0 {
+            let problem = format!("{left} jobs could not be submitted within {LONGEST:?}");
+            self.told().broken.push(problem);
+        }
+        None
     }
 
     fn submit(&self, world: &World, job: &Job) -> Option<u64> {
@@ -192,9 +209,10 @@ impl Users {
     /// The same request id for something else is refused.
     fn submit_other(&self, world: &World, job: &Job) {
         let words = words(job, &["/bin/false".to_owned()]);
+        let deadline = Instant::now() + LONGEST;
         let code = loop {
             let ran = world.yard(As::User, &words, PATIENCE);
-            if !passes(&ran) {
+            if !passes(&ran) || Instant::now() > deadline {
                 break ran.code;
             }
             rest(AGAIN);

@@ -126,13 +126,15 @@ impl World {
     fn configure(&self) {
         let time = |name: &str, value: Duration| format!("{name} = '{}s'\n", value.as_secs());
         let text = format!(
-            "data_dir = '{}'\nlisten = '{head}:{PORT}'\nadvertise = ['{head}:{PORT}']\nadmin = 'chief'\n[timing]\n{}{}{}{}{}",
+            "data_dir = '{}'\nlisten = '{head}:{PORT}'\nadvertise = ['{head}:{PORT}']\nadmin = 'chief'\n[timing]\n{}{}{}{}{}{}{}",
             self.state_dir().display(),
             time("heartbeat_interval", timing::HEARTBEAT),
             time("unreachable_after", timing::UNREACHABLE),
             time("lost_after", timing::LOST),
             time("lost_after_gang", timing::LOST_GANG),
+            time("lease_margin", timing::LEASE_MARGIN),
             time("prepare_timeout", timing::PREPARE),
+            time("crash_pause", timing::CRASH_PAUSE),
             head = address(HEAD),
         );
         self.note("coordinator.toml", &text);
@@ -212,7 +214,7 @@ impl World {
     ) -> Ran {
         let (host, home) = match who {
             As::Admin => (HEAD, "head"),
-            As::User => (u32::try_from(self.agents.len()).unwrap_or(0) + 2, "user"),
+            As::User => (self.user_host(), "user"),
         };
         let inner = self.net.command(host, &self.program());
         let mut command = Command::new("timeout");
@@ -226,6 +228,11 @@ impl World {
             .output()
             .expect("timeout (of coreutils) can be started")
             .into()
+    }
+
+    /// The host that users' commands run on.
+    pub(crate) fn user_host(&self) -> u32 {
+        u32::try_from(self.agents.len()).unwrap_or(0) + 2
     }
 
     fn program(&self) -> PathBuf {
@@ -334,6 +341,14 @@ impl Drop for World {
 /// The host of an agent.
 pub(crate) fn host_of(agent: usize) -> u32 {
     u32::try_from(agent).unwrap_or(u32::MAX - HEAD - 1) + HEAD + 1
+}
+
+/// Memory of this machine, which is every node's.
+pub(crate) fn memory_mib() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = total.and_then(|total| total.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.expect("/proc/meminfo says how much memory there is") / 1024
 }
 
 fn agent_dir(base: &Path, agent: usize) -> PathBuf {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use trainyard_agent_core::{BundleEvent, Config, Core, Effect, Event, Fault, Outbox};
 use trainyard_common::bundle::DesiredBundle;
 use trainyard_common::error::{ErrorCode, Refusal};
-use trainyard_common::ids::{AttemptRef, Incarnation};
+use trainyard_common::ids::{AttemptRef, Incarnation, Term};
 use trainyard_common::member::{DesiredMember, Go, ObservedMember, ObservedPhase, Stop};
 use trainyard_coordinator_core::effect::Command;
 use trainyard_coordinator_core::event::{Registration, SessionId};
@@ -98,6 +98,10 @@ pub(crate) struct Agent {
     pause: Micros,
     openings: u64,
     wakes: Option<Micros>,
+    /// When the last greeting was sent.
+    greeted: Micros,
+    /// When the last word was sent that the coordinator has answered.
+    pub(crate) heard: Option<Micros>,
 }
 
 impl Agent {
@@ -112,6 +116,17 @@ impl Agent {
                 Some(conn)
             }
         }
+    }
+
+    /// Whether requests are under way.
+    pub(crate) fn has_requests(&self) -> bool {
+        !self.lanes.is_empty() || self.bundles.has_requests()
+    }
+
+    /// A term before the one that it has seen, if there was one.
+    pub(crate) fn older_term(&self) -> Option<Term> {
+        let term = self.kept.term.0.checked_sub(1).filter(|term| *term > 0);
+        term.map(Term)
     }
 
     pub(crate) fn idle(&self) -> bool {
@@ -189,6 +204,8 @@ impl World {
             pause: FIRST_PAUSE,
             openings: 0,
             wakes: None,
+            greeted: 0,
+            heard: None,
         });
         host.paused_until = 0;
         self.see("agent started");
@@ -269,12 +286,16 @@ impl World {
 
     pub(crate) fn tell_agent(&mut self, index: usize, event: Event) {
         let now = self.now;
+        self.note_agent_told(index, &event);
         let Some(agent) = &mut self.hosts[index].agent else {
             return;
         };
         let mut out = Outbox::new();
         agent.core.handle(agent.clock.now(now), event, &mut out);
         for effect in out.drain() {
+            if self.agent_boundary(index) {
+                return;
+            }
             self.carry_out(index, effect);
         }
         self.pump(index);
@@ -283,6 +304,7 @@ impl World {
 
     fn carry_out(&mut self, index: usize, effect: Effect) {
         self.trace.debug(&effect);
+        self.check_request(index, &effect);
         let (attempt, task) = match effect {
             Effect::Accept(member) => (member.attempt, Task::Accept(member)),
             Effect::Fetch(attempt) => (attempt, Task::Fetch),
@@ -340,6 +362,7 @@ impl World {
 
     fn task_takes(&mut self, task: &Task) -> Micros {
         match task {
+            Task::Fetch | Task::Upload if self.is_scripted() => ms(800),
             Task::Accept(_) => self.rng.between(ms(1), ms(30)),
             Task::Fetch if self.goes_wrong(self.swarm.chances.fetch_hangs) => {
                 self.see("fetch hangs");
@@ -400,6 +423,9 @@ impl World {
             Task::Fetch => Some(self.fetched(attempt, cancelled)),
             other => self.perform(index, attempt, other),
         };
+        if self.agent_boundary(index) {
+            return;
+        }
         if let Some(event) = event {
             self.tell_agent(index, event);
         }
@@ -472,6 +498,7 @@ impl World {
         };
         self.oracle.certificates.insert(conn, node);
         agent.session = Session::Greeting(conn);
+        agent.greeted = now;
         agent.openings += 1;
         agent.outgoing.clear();
         let observed = agent.core.observed();
@@ -483,6 +510,7 @@ impl World {
             opening: agent.openings,
             boot_id: host.boot_id(),
             agent_version: "1".to_owned(),
+            last_words: String::new(),
             address: format!("10.0.0.{}", index + 1),
             inventory: host.inventory.clone(),
             observed: observed.clone(),
@@ -567,7 +595,7 @@ impl World {
                 self.see("session given up for silence");
                 return self.retry_session(index, number, false);
             }
-            self.send_up(conn, Up::Heartbeat);
+            self.send_up(conn, Up::Heartbeat(now));
             self.pump(index);
         }
         let (host, agent) = (index, number);
@@ -589,15 +617,19 @@ impl World {
         let seen = agent.kept.term;
         if let Session::Open { heard, healthy, .. } = &mut agent.session {
             *heard = now;
-            *healthy |= matches!(message, Down::Ack(_));
+            *healthy |= matches!(message, Down::Ack(..));
         }
         match message {
             Down::End(refusal) => self.session_refused(index, number, refusal),
-            Down::Command(term, _) | Down::Ack(term) if term < seen => {
+            Down::Command(term, _) | Down::Ack(term, _) if term < seen => {
                 self.see("stale term refused");
                 self.retry_session(index, number, true);
             }
-            Down::Ack(_) => {}
+            Down::Ack(_, sent) => {
+                if agent.is_open() {
+                    self.renew_leases(index, sent);
+                }
+            }
             Down::Command(term, command) => match *command {
                 Command::Welcome { desired, bundles } => {
                     agent.session = Session::Keeping(conn);
@@ -685,6 +717,9 @@ impl World {
             agent.kept.term = term;
             let kept = agent.kept;
             self.hosts[index].disk.agent = File::Whole(kept);
+            if self.agent_boundary(index) {
+                return;
+            }
         }
         let Some(agent) = self.agent_mut(index, number) else {
             return;
@@ -695,11 +730,13 @@ impl World {
             healthy: false,
         };
         let waiting = std::mem::take(&mut agent.behind);
+        let greeted = agent.greeted;
         self.hosts[index].refused = None;
         if let Some(node) = self.hosts[index].node {
             self.oracle.vouched.remove(&node);
         }
         self.see("session opened");
+        self.renew_leases(index, greeted);
         self.say(format!("agent {index} has a session with term {term}"));
         self.tell_agent(index, Event::Connected { desired });
         self.tell_agent(index, Event::Bundle(BundleEvent::AllDesired(bundles)));
@@ -742,9 +779,12 @@ impl World {
                 .conns
                 .get(&conn)
                 .is_some_and(|conn| conn.up.len() < SEND_QUEUE && conn.agent_side);
-            if !room {
+            if !room || self.agent_boundary(index) {
                 return;
             }
+            let Some(agent) = &mut self.hosts[index].agent else {
+                return;
+            };
             let Some((_, report)) = agent.outgoing.pop_first() else {
                 let Some(bundle) = agent.bundles.lanes.pop() else {
                     return;
@@ -774,6 +814,7 @@ pub(crate) fn phase_name(phase: &ObservedPhase) -> String {
         ObservedPhase::Ready { .. } => "READY".to_owned(),
         ObservedPhase::Running { .. } => "RUNNING".to_owned(),
         ObservedPhase::Stopping => "STOPPING".to_owned(),
+        ObservedPhase::CleanupPending(cleanup) => format!("CLEANUP_PENDING {}", cleanup.told()),
         ObservedPhase::Uploading(ending) => format!("UPLOADING {}", ending.cause),
         ObservedPhase::Ended(ending) => format!("ENDED {}", ending.cause),
     }

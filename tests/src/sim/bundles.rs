@@ -11,6 +11,7 @@ use trainyard_agent_core::{
 use trainyard_common::bundle::{DesiredBundle, ObservedBundlePhase, TaskReport, TaskSet};
 use trainyard_common::ids::{BundleRef, Digest, TaskIndex};
 use trainyard_common::member::{EndCause, Ending, MemberSpec, RankEnd};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
@@ -90,6 +91,11 @@ pub(crate) struct Bundles {
 }
 
 impl Bundles {
+    /// Whether requests are under way.
+    pub(crate) fn has_requests(&self) -> bool {
+        !self.tasks.is_empty()
+    }
+
     /// Nothing is under way or waits to be told.
     pub(crate) fn idle(&self) -> bool {
         self.tasks.is_empty() && self.lanes.is_empty()
@@ -279,7 +285,9 @@ impl World {
             Task::Fetch { .. } => BundleEvent::FetchFinished(bundle),
             Task::Remove => self.remove_bundle(index, bundle),
         };
-        self.tell_bundle(index, event);
+        if !self.agent_boundary(index) {
+            self.tell_bundle(index, event);
+        }
     }
 
     fn accept_bundle(&mut self, index: usize, desired: &DesiredBundle) -> BundleEvent {
@@ -337,13 +345,14 @@ impl World {
         }
         self.hosts[index].disk.bundles.remove(&bundle);
         self.check_bundle_removed(index, bundle);
+        self.note_bundle_deleted(index, bundle);
         BundleEvent::Removed(bundle)
     }
 
     /// What became of requests that were under way when the agent's process ended.
     pub(crate) fn bundles_half_done(&mut self, index: usize, bundles: Bundles) {
         for (bundle, task) in bundles.tasks.into_values() {
-            if self.rng.chance(500) {
+            if !self.done_all_the_same() {
                 continue;
             }
             match task {
@@ -675,7 +684,9 @@ impl World {
         if rebooted && was_carried {
             self.see("bundle lost with a reboot");
             let to = desired.recorded;
-            entries.push(Entry::Skipped { to });
+            if !planted(Mutation::LostReportsNotSkipped) {
+                entries.push(Entry::Skipped { to });
+            }
             entries.extend(new.iter().copied().map(Entry::Handed));
             let fresh: TaskSet = new.into_iter().collect();
             let cause = EndCause::NodeRebooted;
@@ -694,7 +705,8 @@ impl World {
                 self.see("bundle of a dead carrier settled");
             }
             let mut unbegun = account.open.clone();
-            for task in &account.begun {
+            let given_back = planted(Mutation::BegunGivenBack);
+            for task in account.begun.iter().filter(|_| !given_back) {
                 unbegun.remove(*task);
                 let cause = EndCause::SupervisorLost;
                 let end = unknown(*task, cause, "the shim was killed", time);
@@ -809,7 +821,7 @@ impl World {
                 continue;
             };
             let (synced, length) = (dir.synced as u64, dir.journal.len() as u64);
-            let kept = self.rng.between(synced, length);
+            let kept = self.kept_of(synced, length);
             if kept < length {
                 self.see("journal's end lost");
             }

@@ -21,6 +21,9 @@ const PART_OF_A_GANG: Micros = secs(120);
 
 impl World {
     pub(crate) fn chaos_ends(&mut self) {
+        if self.stage != Stage::Chaos {
+            return;
+        }
         self.say("faults stop".to_owned());
         self.stage = Stage::Calm(self.now);
         self.coordinator.disk_full = false;
@@ -37,6 +40,10 @@ impl World {
     }
 
     fn calm_host(&mut self, index: usize) {
+        // A script says itself when what it did is over.
+        if self.is_scripted() {
+            return;
+        }
         let now = self.now;
         let host = &mut self.hosts[index];
         let line = &mut host.line;
@@ -58,7 +65,10 @@ impl World {
         self.after(secs(2), Happening::AgentStarts(index));
         self.fault_ends(Fault::AgentDiskFull, index);
         // A damaged status is only put right by a start of the agent; see the module's documentation.
-        self.agent_ends(index, false);
+        let damaged = self.hosts[index].disk.is_damaged();
+        if damaged || self.rng.chance(300) {
+            self.agent_ends(index, false);
+        }
     }
 
     /// Operators let every node take work again.
@@ -96,7 +106,9 @@ impl World {
         }
         match self.what_is_left(since) {
             // A seed in which little happened goes on for a while: idle time has to be without events of its own, too.
-            None if self.events < LEAST_EVENTS => self.after(LOOK, Happening::CalmLook),
+            None if self.events < LEAST_EVENTS && !self.is_scripted() => {
+                self.after(LOOK, Happening::CalmLook)
+            }
             None => {
                 self.check_end();
                 self.stage = Stage::Done;
@@ -183,6 +195,10 @@ impl World {
         let Some(process) = &self.coordinator.process else {
             return Some(("I22", "the coordinator does not run".to_owned()));
         };
+        // The end of a node's pause is a row that nobody waits for.
+        if self.coordinator.commits() {
+            return Some(("I22", "a commit is under way".to_owned()));
+        }
         if let Some(ask) = self.users.waits_for() {
             return Some(("I22", format!("somebody waits for an answer to {ask:?}")));
         }

@@ -48,8 +48,9 @@ impl World {
                     let id = attempt_of(seen.bundle, *task);
                     self.note_phase(id, node, MemberPhase::Running);
                 }
-                TaskReport::Ended { task, .. } => {
+                TaskReport::Ended { task, ending, .. } => {
                     let id = attempt_of(seen.bundle, *task);
+                    self.note_told_end(id, node, ending.cause);
                     self.note_phase(id, node, MemberPhase::Ended);
                 }
                 TaskReport::Returned(range) => {
@@ -82,7 +83,8 @@ impl World {
         self.see("task started in a bundle");
         let attempt = attempt_of(bundle, task);
         self.check_room(index, attempt, spec.resources, &[]);
-        if self.loose_job(bundle.job) || self.hosts[index].doubled {
+        let host = &self.hosts[index];
+        if self.loose_job(bundle.job) || host.doubled || host.taken_for_gone {
             return;
         }
         let row = self.typed().bundles.get(&bundle).cloned();
@@ -162,16 +164,23 @@ impl World {
                     format!("{id} was lost and is {}", bundle.state)
                 });
             }
-            None => self.see("bundle handed"),
+            None => {
+                self.see("bundle handed");
+                self.check_placed(&id.to_string());
+            }
         }
         let old = before.as_ref().map(|before| before.tasks.clone());
         let old = old.unwrap_or_default();
         let new: Vec<TaskIndex> = bundle.tasks.tasks().filter(|t| !old.contains(*t)).collect();
         if before.is_some() && !new.is_empty() {
+            self.check_placed(&id.to_string());
             self.see("bundle topped up");
         }
         if bundle.tasks.count() > bundle.slots {
             self.see("bundle holds tasks ahead");
+        }
+        if !new.is_empty() {
+            self.check_open(&id, bundle.node);
         }
         for task in new {
             let carried = &mut self.oracle.carried;
@@ -197,6 +206,9 @@ impl World {
             self.check_left(&before, &bundle.tasks, true);
             if before.state != bundle.state && bundle.state == BundleState::Lost {
                 self.see("bundle lost");
+                if !self.is_vouched(bundle.node) {
+                    self.check_brake(&id);
+                }
                 let (node, limit) = (bundle.node, self.swarm.config.lost_after);
                 let silent = self.was_silent(node, limit) || self.is_vouched(node);
                 self.holds("I16", silent, || {
@@ -223,7 +235,8 @@ impl World {
     /// Tasks left a bundle: its agent said so, or nobody can, and nothing of them lives.
     fn check_left(&mut self, before: &BundleRecord, now: &TaskSet, stays: bool) {
         let (id, node) = (before.id, before.node);
-        if self.loose_job(id.job) || self.is_doubled(node) || self.oracle.restores > 0 {
+        let gone = self.was_taken_for_gone(Some(node));
+        if self.loose_job(id.job) || self.is_doubled(node) || self.oracle.restores > 0 || gone {
             return;
         }
         let absent = self.oracle.absent(node, None, Some(id)) || self.is_vouched(node);

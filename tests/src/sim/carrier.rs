@@ -534,6 +534,10 @@ impl World {
             RunStage::Preparing => self.task_prepares(index, serial, task),
             RunStage::Began => {
                 self.task_starts(index, serial, task);
+                if self.goes_wrong(self.swarm.chances.spawn_fails / 16) {
+                    self.see("carrier killed as it starts a task");
+                    self.kill_carrier(index, serial);
+                }
                 true
             }
             RunStage::Running => self.task_runs(index, serial, task),
@@ -636,7 +640,10 @@ impl World {
         };
         let daemon = nasty && self.rng.chance(400);
         let quick = spec.command.first().is_some_and(|word| word == "quick");
-        let fate = self.task_fate(quick);
+        let fate = match self.scripted_fate(&spec.command, attempt, 0) {
+            Some(fate) => (fate.after, fate.exit, fate.oom),
+            None => self.task_fate(quick),
+        };
         let host = &mut self.hosts[index];
         let process = Process {
             pid: host.pid(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{Incarnation, NodeId, Term};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::Record;
 use trainyard_common::state::{NodeAvailability, ReasonCode};
 use trainyard_common::time::Timestamp;
@@ -15,6 +16,7 @@ use trainyard_coordinator_core::event::{Event, Registration, RequestKey, Session
 use trainyard_coordinator_core::{Core, Outbox};
 
 use super::clock::{HostClock, Micros, ProcessClock, micros, ms, secs};
+use super::corner::Side;
 use super::rng::Rng;
 use super::store::{Backup, Store};
 use super::swarm::{Fault, Swarm};
@@ -115,6 +117,12 @@ impl Coordinator {
         self.process.is_some() && self.paused_until <= now
     }
 
+    /// Whether a commit is under way.
+    pub(crate) fn commits(&self) -> bool {
+        let process = self.process.as_ref();
+        process.is_some_and(|process| process.flight.is_some())
+    }
+
     pub(crate) fn stalled(&mut self, from: Micros, to: Micros) {
         // Those that overlap are one.
         if let Some(last) = self.stalls.back_mut().filter(|last| from <= last.1) {
@@ -202,6 +210,7 @@ impl World {
         let core = Core::new(config, snapshot, clock.now(self.now));
         self.coordinator.number += 1;
         self.coordinator.since = self.now;
+        self.forget_openings();
         self.coordinator.process = Some(Process {
             core,
             term,
@@ -275,7 +284,7 @@ impl World {
         self.say(format!("coordinator ends: {why}"));
         if let Some(Flight { at, records, .. }) = process.flight {
             // It may or may not have reached the disk.
-            if self.rng.chance(500) {
+            if self.done_all_the_same() {
                 self.see("commit durable and nobody told");
                 self.make_durable(at, &records);
             } else {
@@ -301,6 +310,9 @@ impl World {
     /// A boundary between two effects; true if the process ended at it.
     fn crashes_here(&mut self, where_: &str) -> bool {
         self.boundaries += 1;
+        if self.boundary(Side::Coordinator) {
+            return true;
+        }
         let chosen = self.crash_at == Some(self.boundaries);
         if chosen || self.goes_wrong(self.swarm.chances.crash) {
             self.see("crash at a boundary");
@@ -399,6 +411,19 @@ impl World {
             process.note_schedule(&placed);
             effects.extend(placed);
         }
+        let reconciled = process.core.is_reconciled();
+        if self.coordinator.store.restored {
+            // As the real driver notes it, in a row of its own.
+            self.coordinator.store.restored = !reconciled;
+            if reconciled {
+                self.check_reconciled();
+            }
+            self.see(if reconciled {
+                "restored state reconciled"
+            } else {
+                "restored state waits for its nodes"
+            });
+        }
         self.check_core();
         self.carry_out_round(time, effects);
     }
@@ -409,6 +434,7 @@ impl World {
         // it is not true any more. People are taken to be right when they are heard.
         if let Input::Call { call, attempt, ask } = &input
             && let Ask::ConfirmLost { node } = **ask
+            && !self.users.is_rash(*call)
             && self
                 .hosts
                 .iter()
@@ -420,14 +446,15 @@ impl World {
         let Some(process) = &mut self.coordinator.process else {
             return;
         };
-        let (mut greets, mut speaks) = (None, None);
+        let (mut greets, mut speaks, mut rash) = (None, None, None);
         let event = match input {
             Input::Call { call, attempt, ask } => {
                 let key = process.key();
                 process.requests.insert(key, (call, attempt));
                 // Also a copy of a call that comes when its caller has had an answer.
                 if let Ask::ConfirmLost { node } | Ask::Remove { node } = *ask {
-                    self.oracle.vouched.insert(node);
+                    let new = self.oracle.vouched.insert(node);
+                    rash = self.users.is_rash(call).then_some((node, new));
                 }
                 ask.event(key)
             }
@@ -456,6 +483,19 @@ impl World {
             self.trace.line(true_now, text);
         }
         process.core.handle(now, event, outbox);
+        if let Some((node, new)) = rash {
+            let record = process.core.node(node);
+            let gone = record.is_none_or(|node| node.availability == NodeAvailability::Lost);
+            if gone {
+                // It is the operator's word that counts: what lives there may come beside what replaces it.
+                for host in self.hosts.iter_mut().filter(|host| host.node == Some(node)) {
+                    host.taken_for_gone = true;
+                }
+                self.trace.see("operator who did not look obeyed");
+            } else if new {
+                self.oracle.vouched.remove(&node);
+            }
+        }
         // A greeting that is refused is no sign of life.
         let taken = |(node, incarnation): &(NodeId, Incarnation)| {
             let record = process.core.node(*node);
@@ -463,6 +503,8 @@ impl World {
         };
         if let Some((node, _)) = greets.filter(taken) {
             self.oracle.contact.insert(node, true_now);
+            self.oracle.awaited.remove(&node);
+            self.oracle.heard.insert(node);
         }
         let ready = |node: &NodeId| {
             let record = process.core.node(*node);
@@ -488,6 +530,9 @@ impl World {
         }
         if records.is_empty() {
             return self.speak(told);
+        }
+        if planted(Mutation::SpeaksBeforeCommit) {
+            self.speak(std::mem::take(&mut told));
         }
         if self.crashes_here("after it decided and before the commit") {
             return;
@@ -532,7 +577,9 @@ impl World {
             self.see("disk was slow");
             self.coordinator.stalled(flight.since, now);
         }
-        self.make_durable(flight.at, &flight.records);
+        if !planted(Mutation::CommitNotSynced) || !self.events.is_multiple_of(5) {
+            self.make_durable(flight.at, &flight.records);
+        }
         if self.broken.is_some() {
             return;
         }
@@ -545,6 +592,7 @@ impl World {
     }
 
     fn make_durable(&mut self, at: Timestamp, records: &[Record]) {
+        self.before_commit();
         for record in records {
             self.check_row(record);
             self.say(format!("on disk: {}", super::words::short_row(record)));
@@ -555,6 +603,7 @@ impl World {
             written.iter().for_each(|row| self.trace.bytes(row));
         }
         self.check_rows();
+        self.check_budget();
     }
 
     // === words ===
@@ -669,6 +718,7 @@ impl World {
         process.next_session += 1;
         registration.session = SessionId(process.next_session);
         let session = registration.session;
+        self.note_opening(&registration);
         if let Some(conn) = self.conns.get_mut(&conn) {
             conn.session = Some(session);
         }

@@ -1,12 +1,15 @@
 //! What goes wrong from time to time: each kind that is on for a seed comes again and again until chaos ends.
 
-use trainyard_common::ids::{AttemptRef, NodeId};
+use trainyard_common::bundle::{ObservedBundle, ObservedBundlePhase, TaskReport};
+use trainyard_common::ids::{AttemptRef, NodeId, TaskIndex};
 use trainyard_common::member::{EndCause, Ending, ObservedMember, ObservedPhase, RankEnd};
+use trainyard_common::record::BundleRecord;
 use trainyard_common::state::{AttemptState, ExitStatus, NodePolicy};
+use trainyard_coordinator_core::effect::Command;
 
 use super::clock::{Micros, ms, secs};
-use super::host::{Disk, Host};
-use super::network::{Line, Up};
+use super::host::{Disk, Host, Role};
+use super::network::{Down, Line, Up};
 use super::swarm::Fault;
 use super::users::Ask;
 use super::world::{Happening, World};
@@ -91,6 +94,9 @@ impl World {
             Fault::PolicySet => self.set_policy(host),
             Fault::NodeRemoved => self.remove_node(host),
             Fault::NodeConfirmedLost => self.confirm_lost(host),
+            Fault::OperatorRash => self.act_rashly(host),
+            Fault::OlderCoordinator => self.older_coordinator_speaks(host),
+            Fault::ForgedReport if self.rng.chance(400) => self.forge_bundle(host),
             Fault::ForgedReport => self.forge(host),
             Fault::AgentKilled
             | Fault::AgentPaused
@@ -137,7 +143,7 @@ impl World {
                 self.restart_agent(host);
             }
             Fault::ShimKilled => {
-                let attempts: Vec<AttemptRef> = self.hosts[host].shims.keys().copied().collect();
+                let attempts = self.shims_to_kill(host);
                 let carriers: Vec<u64> = self.hosts[host].carriers.keys().copied().collect();
                 if let Some(carrier) = self.rng.pick(&carriers)
                     && (attempts.is_empty() || self.rng.chance(500))
@@ -190,6 +196,21 @@ impl World {
                 self.hosts[host].clock.offset_ms += jump;
             }
             _ => {}
+        }
+    }
+
+    /// Mostly those whose ranks do not end with them, if there are any.
+    fn shims_to_kill(&mut self, host: usize) -> Vec<AttemptRef> {
+        let any = self.rng.chance(300);
+        let found = &self.hosts[host];
+        let outlived = |attempt: &&AttemptRef| {
+            let mut living = found.living(**attempt);
+            living.any(|(_, process)| process.role == Role::Child || process.stuck_for > 0)
+        };
+        let nasty: Vec<AttemptRef> = found.shims.keys().filter(outlived).copied().collect();
+        match any || nasty.is_empty() {
+            true => found.shims.keys().copied().collect(),
+            false => nasty,
         }
     }
 
@@ -373,6 +394,114 @@ impl World {
         {
             self.call(0, Ask::ConfirmLost { node });
         }
+    }
+
+    /// An operator who does not look: any node, whatever runs there.
+    fn act_rashly(&mut self, host: usize) {
+        let Some(node) = self.hosts[host].node.filter(|_| !self.hosts[host].doubled) else {
+            return;
+        };
+        let ask = match self.rng.chance(500) {
+            true => Ask::Remove { node },
+            false => Ask::ConfirmLost { node },
+        };
+        self.see("operator acts without looking");
+        self.call_rashly(ask);
+    }
+
+    /// A coordinator that was replaced, by a restored copy of its state or by a start elsewhere, and still runs: its
+    /// words reach an agent that has seen a later term.
+    fn older_coordinator_speaks(&mut self, index: usize) {
+        let open = self.hosts[index]
+            .agent
+            .as_ref()
+            .filter(|agent| agent.is_open())
+            .and_then(|agent| agent.conn().zip(agent.older_term()));
+        let attempts: Vec<AttemptRef> = self.hosts[index].disk.dirs.keys().copied().collect();
+        if let (Some((conn, term)), Some(attempt)) = (open, self.rng.pick(&attempts)) {
+            self.see("older coordinator speaks");
+            self.say(format!(
+                "a coordinator of term {term} tells host {index} to forget {attempt}"
+            ));
+            let command = Box::new(Command::Forget(attempt));
+            self.send_down(conn, Down::Command(term, command));
+        }
+    }
+
+    /// A node says that tasks of another node's bundle ended well, or that the bundle is over.
+    fn forge_bundle(&mut self, index: usize) {
+        let Some(node) = self.hosts[index].node else {
+            return;
+        };
+        let victims: Vec<BundleRecord> = self
+            .coordinator
+            .store
+            .typed
+            .bundles
+            .values()
+            .filter(|bundle| bundle.node != node)
+            .cloned()
+            .collect();
+        let open = self.hosts[index]
+            .agent
+            .as_ref()
+            .filter(|agent| agent.is_open())
+            .and_then(super::agent::Agent::conn);
+        let (Some(victim), Some(conn)) = (self.rng.pick(&victims), open) else {
+            return;
+        };
+        let at = self.hosts[index].clock.wall(self.now);
+        let rank = RankEnd {
+            rank: 0,
+            exit: ExitStatus::Code(0),
+            at,
+            unprompted: true,
+            oom_killed: false,
+        };
+        let ending = Ending {
+            cause: EndCause::Completed,
+            message: "forged".to_owned(),
+            started: true,
+            ranks: vec![rank],
+            ended_at: at,
+            outputs: None,
+            checkpoint: None,
+            warning: String::new(),
+        };
+        let report = |task| TaskReport::Ended {
+            task,
+            started_at: Some(at),
+            ending: Box::new(ending.clone()),
+        };
+        let first = victim.recorded;
+        // Tasks that it holds, and one that it does not.
+        let reports: Vec<TaskReport> = victim
+            .tasks
+            .tasks()
+            .take(3)
+            .chain([TaskIndex(9999)])
+            .map(report)
+            .collect();
+        let phase = match self.rng.chance(500) {
+            true => ObservedBundlePhase::Running,
+            false => ObservedBundlePhase::Ended {
+                total: first + reports.len() as u64,
+                message: String::new(),
+            },
+        };
+        self.oracle.forged += 1;
+        self.see("report of a bundle forged");
+        self.say(format!("host {index} lies about {}", victim.id));
+        let bundle = victim.id;
+        self.send_up(
+            conn,
+            Up::Bundle(ObservedBundle {
+                bundle,
+                phase,
+                first,
+                reports,
+            }),
+        );
     }
 
     /// A node says that another node's member ended well.

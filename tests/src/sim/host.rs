@@ -94,6 +94,14 @@ pub(crate) struct Dir {
     pub(crate) upload: File<Uploaded>,
 }
 
+impl Disk {
+    /// Whether a file of an attempt is damaged.
+    pub(crate) fn is_damaged(&self) -> bool {
+        let damaged = |dir: &Dir| dir.status == File::Damaged || dir.upload == File::Damaged;
+        self.dirs.values().any(damaged)
+    }
+}
+
 /// A machine's disk.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Disk {
@@ -126,6 +134,8 @@ pub(crate) struct Host {
     pub(crate) line: Line,
     /// Somebody made a copy of its disk and started it elsewhere, or it is that copy.
     pub(crate) doubled: bool,
+    /// An operator declared it gone without looking: what lives on it then is nobody's any more.
+    pub(crate) taken_for_gone: bool,
     /// It is a copy that an operator switched off for good.
     pub(crate) scrapped: bool,
     /// The coordinator refuses it until a person does something; why.
@@ -159,11 +169,17 @@ impl Host {
             paused_until: 0,
             line: Line::default(),
             doubled: false,
+            taken_for_gone: false,
             scrapped: false,
             refused: None,
             operator_called: false,
             repairs: 0,
         }
+    }
+
+    /// Makes another machine of it.
+    pub(crate) fn shape(&mut self, cpus: u32, gpus: u32) {
+        self.inventory = inventory(&self.name, cpus, gpus);
     }
 
     pub(crate) fn pid(&mut self) -> u32 {

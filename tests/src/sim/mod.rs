@@ -7,9 +7,9 @@
 //! | # | Where |
 //! |---|---|
 //! | I1 no double use of GPUs, CPUs, memory; nothing free while its processes live | `oracle`: each start, each row |
-//! | I2 gangs whole; no two attempts of a task at once but by declared replacement | `oracle`, `calm` |
+//! | I2 gangs whole; no two attempts of a task at once but by declared replacement; nothing placed after a restore before its nodes were heard | `oracle`, `calm` |
 //! | I3 each rank of an attempt starts once | `oracle`: each start |
-//! | I4 attempt numbers, phases and counters only grow | `oracle`: each row |
+//! | I4 attempt numbers, phases and counters only grow, also above what nodes have that a restored backup forgot | `oracle`: each row |
 //! | I5 what was accepted is there after every crash | `oracle`: each answer, each start |
 //! | I6 one request id makes one job | `oracle`: each row, each answer |
 //! | I7 terminal is final, success is real | `oracle`, `users` (watchers) |
@@ -20,11 +20,17 @@
 //! | I13 exit statuses on record are what processes ended with, or unknown; the wire loses nothing | `oracle`, `network` |
 //! | I16 our own downtime, pauses and clocks are nobody's silence | `oracle` |
 //! | I17 a watcher sees every durable event once, in order | `users` |
-//! | I18 a report counts only from a node of the attempt | `oracle` |
+//! | I18 a report counts only from a node of the attempt or bundle; the words of an older coordinator count for nothing | `oracle`, `carried`, `agent` |
 //! | I1 to I5, I7, I8, I11, I13, I16, I18 for bundles and tasks in them | `carried` |
 //! | I19 every loop ends | `world` |
+//! | P39 a task is tried as often as its job asks for, and failures of nodes do not count | `duties` |
+//! | policy: nothing new on a node that an operator closed | `duties` |
+//! | I3, I4, I8, I13, I16 for what is decided and asked for | `duties` |
 //! | I21 to I24 what can finish does; nodes are back; nothing is left; the view is the truth | `calm` |
 //! | I25 the same seed gives the same trace | the test |
+//!
+//! `corner` holds all of them against an end of each process at each boundary between two effects, and against each order
+//! of two messages that are under way at the same time.
 //!
 //! Not checked, because there is nothing yet that could break them: I9 (quotas), I14 and I15 (machines that cost money),
 //! I20 (priorities). Bytes of logs (the second half of I13) are no matter of the cores and are tested with real processes.
@@ -36,6 +42,8 @@ mod carried;
 mod carrier;
 mod clock;
 mod coordinator;
+mod corner;
+mod duties;
 mod faults;
 mod host;
 // The real code of the agent: what waits to be sent of bundles.
@@ -47,9 +55,11 @@ mod host;
 mod lanes;
 mod network;
 mod oracle;
+mod quarantine;
 mod rng;
 mod runtime;
 mod shim;
+mod spoken;
 mod store;
 mod swarm;
 mod trace;
@@ -60,6 +70,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use self::corner::{CornerSum, corner, corner_again, scenario_names};
 use self::rng::Rng;
 use self::swarm::Swarm;
 use self::world::World;
@@ -105,6 +116,8 @@ pub struct Failure {
     pub what: String,
     /// The last lines of what happened.
     pub trace: Vec<String>,
+    /// Scenario, seed and disturbance, if it was a scenario of the exhaustive corner.
+    pub corner: Option<String>,
 }
 
 impl std::fmt::Display for Failure {
@@ -113,6 +126,14 @@ impl std::fmt::Display for Failure {
             writeln!(f, "{line}")?;
         }
         let seed = self.options.seed;
+        if let Some(corner) = &self.corner {
+            let (invariant, what) = (self.invariant, &self.what);
+            writeln!(f, "{corner}: {invariant} is broken: {what}")?;
+            return write!(
+                f,
+                "again: TRAINYARD_CORNER='{corner}' cargo test -p trainyard-tests --test corner one_run -- --nocapture"
+            );
+        }
         writeln!(
             f,
             "seed {seed}: {} is broken: {}",
@@ -166,6 +187,7 @@ pub fn run(options: Options) -> Result<Outcome, Box<Failure>> {
             invariant,
             what,
             trace,
+            corner: None,
         })),
     }
 }
@@ -234,6 +256,15 @@ pub const MUST_HAPPEN: &[&str] = &[
     "session given up for silence",
     "session closed by the core",
     "report forged",
+    "report of a bundle forged",
+    "older coordinator speaks",
+    "stale term refused",
+    "operator acts without looking",
+    "operator who did not look refused",
+    "operator who did not look obeyed",
+    "restored state waits for its nodes",
+    "restored state reconciled",
+    "attempt placed after a restore",
     "policy set",
     "node removed",
     "node enrolled anew",
@@ -243,6 +274,11 @@ pub const MUST_HAPPEN: &[&str] = &[
     "node confirmed as lost",
     "mass-loss brake set",
     "attempt given up unconfirmed",
+    "attempt given up after its lease",
+    "lease over, ranks ended",
+    "lease over before the start",
+    "processes that outlive SIGKILL told",
+    "attempt over with cleanup pending",
     "overlap of attempts",
     "gang told to go",
     "gang member went",

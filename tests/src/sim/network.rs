@@ -22,7 +22,8 @@ pub(crate) enum Up {
     Hello(Term, Box<Registration>),
     Observed(ObservedMember),
     Bundle(ObservedBundle),
-    Heartbeat,
+    /// With the time of its sending.
+    Heartbeat(Micros),
     Goodbye,
 }
 
@@ -30,7 +31,8 @@ pub(crate) enum Up {
 #[derive(Debug, Clone)]
 pub(crate) enum Down {
     Command(Term, Box<Command>),
-    Ack(Term),
+    /// With the time at which the acknowledged heartbeat was sent.
+    Ack(Term, Micros),
     End(Option<Refusal>),
 }
 
@@ -91,6 +93,10 @@ impl World {
 
     fn delay(&mut self) -> Micros {
         let most = self.swarm.delay;
+        if self.is_scripted() {
+            // Long ones, so that messages are under way at the same time.
+            return self.rng.between(most / 8, most);
+        }
         self.rng.skewed(100, most.max(200))
     }
 
@@ -103,7 +109,7 @@ impl World {
                 registration.bundles = bundles.map(|b| self.bundle_over_the_wire(b)).collect();
                 Up::Hello(term, registration)
             }
-            other @ (Up::Heartbeat | Up::Goodbye) => other,
+            other @ (Up::Heartbeat(_) | Up::Goodbye) => other,
         };
         let (delay, twice) = (self.delay(), self.goes_wrong(self.swarm.chances.twice));
         let overtakes = self.goes_wrong(self.swarm.chances.overtakes);
@@ -142,11 +148,16 @@ impl World {
             Down::Command(term, command) => {
                 Down::Command(term, Box::new(self.command_over_the_wire(*command)))
             }
-            other @ (Down::Ack(_) | Down::End(_)) => other,
+            other @ (Down::Ack(..) | Down::End(_)) => other,
         };
         let delay = self.delay();
         let single = |message: &Down| matches!(message, Down::Command(_, command) if !matches!(**command, Command::Welcome { .. }));
         let twice = single(&message) && self.goes_wrong(self.swarm.chances.twice);
+        if single(&message) && self.goes_wrong(3 * self.swarm.chances.twice) {
+            // The second one comes when others may have come between.
+            let wait = self.rng.skewed(ms(1), secs(5));
+            self.after(wait, Happening::CommandAgain(id, Box::new(message.clone())));
+        }
         let overtakes = single(&message) && self.goes_wrong(self.swarm.chances.overtakes);
         let now = self.now;
         let Some(conn) = self.conns.get_mut(&id) else {
@@ -233,14 +244,14 @@ impl World {
                     self.give_coordinator(Input::Event(event));
                 }
             }
-            Up::Heartbeat => {
+            Up::Heartbeat(sent) => {
                 if let Some((session, node)) = self.who_speaks(session, host, id) {
                     let event = Event::HeartbeatReceived { session, node };
                     self.give_coordinator(Input::Event(event));
                     let welcomed = self.conns.get(&id).is_some_and(|conn| conn.welcomed);
                     let term = self.coordinator.process.as_ref().map(|p| p.term);
                     if let (true, Some(term)) = (welcomed, term) {
-                        self.send_down(id, Down::Ack(term));
+                        self.send_down(id, Down::Ack(term, sent));
                     }
                 }
             }
@@ -317,7 +328,16 @@ impl World {
             .get_mut(&id)
             .map(|conn| conn.up.drain(..).collect())
             .unwrap_or_default();
+        let mut held = 0;
         for message in lost {
+            if let Up::Hello(term, registration) = message {
+                if self.goes_wrong(self.swarm.chances.late) {
+                    held = self.rng.between(ms(1), secs(20));
+                    let hello = Happening::HelloLate(number, id, term, registration);
+                    self.after(held, hello);
+                }
+                continue;
+            }
             let Some((session, node)) = speaks else {
                 break;
             };
@@ -332,7 +352,7 @@ impl World {
                     node,
                     bundle,
                 },
-                Up::Hello(..) | Up::Heartbeat | Up::Goodbye => continue,
+                Up::Hello(..) | Up::Heartbeat(_) | Up::Goodbye => continue,
             };
             if self.goes_wrong(self.swarm.chances.late) {
                 let wait = self.rng.between(ms(1), secs(20));
@@ -343,7 +363,9 @@ impl World {
             0 => self.rng.between(secs(5), secs(60)),
             _ => self.rng.between(ms(1), secs(1)),
         };
-        let at = self.now.max(cut) + wait;
+        // A greeting that comes late has its answer before its connection is noticed to be over.
+        let lingers = held + if held > 0 { secs(2) } else { 0 };
+        let at = (self.now.max(cut) + wait).max(self.now + lingers);
         let coordinator = true;
         self.at(
             at,
@@ -352,6 +374,39 @@ impl World {
                 coordinator,
             },
         );
+    }
+
+    /// A command comes a second time.
+    pub(crate) fn command_again(&mut self, id: u64, message: Down) {
+        let Some(conn) = self.conns.get(&id) else {
+            return;
+        };
+        let host = &self.hosts[conn.host];
+        let cut = host.line.down_cut_until > self.now;
+        let agent = host.agent.as_ref();
+        let open = agent.is_some_and(|agent| agent.is_open() && agent.conn() == Some(id));
+        if open && !cut {
+            self.see("command came again late");
+            self.agent_hears(id, message);
+        }
+    }
+
+    /// A greeting that was under way when its agent gave the connection up arrives.
+    pub(crate) fn hello_late(
+        &mut self,
+        process: u64,
+        id: u64,
+        term: Term,
+        registration: Box<Registration>,
+    ) {
+        let open = self
+            .conns
+            .get(&id)
+            .is_some_and(|conn| conn.coordinator_side);
+        if open && self.coordinator.number == process {
+            self.see("greeting arrived late");
+            self.greeted(id, term, registration);
+        }
     }
 
     pub(crate) fn conn_ends(&mut self, id: u64, coordinator: bool) {

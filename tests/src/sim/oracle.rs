@@ -5,11 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use trainyard_agent_core::Event as AgentEvent;
 use trainyard_common::bundle::ObservedBundle;
-use trainyard_common::error::Refusal;
 use trainyard_common::ids::{AttemptRef, BundleRef, Digest, JobId, NodeId, TaskIndex};
-use trainyard_common::member::{
-    DesiredMember, DesiredPhase, MemberSpec, ObservedMember, ObservedPhase,
-};
+use trainyard_common::member::{DesiredPhase, MemberSpec, ObservedMember, ObservedPhase};
 use trainyard_common::record::{AttemptRecord, JobRecord, NodeRecord, Record, TaskRecord};
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::OnDisconnect;
@@ -17,14 +14,14 @@ use trainyard_common::state::{
     AttemptState, ExitStatus, MemberPhase, NodeAvailability, Outcome, ReasonCode,
 };
 use trainyard_coordinator_core::Core;
-use trainyard_coordinator_core::effect::{Answer, Command};
 
 use super::carried::Carried;
 use super::clock::{Micros, micros};
 use super::coordinator::PAUSE;
+use super::duties::Duties;
 use super::host::Role;
-use super::store::Rows;
-use super::users::Ask;
+use super::quarantine::is_lingering;
+use super::store::{Rows, awaited};
 use super::world::World;
 
 /// Greetings of a node that are remembered, to know what it said it does not have.
@@ -46,11 +43,12 @@ pub(crate) struct Oracle {
     reported: BTreeMap<(AttemptRef, NodeId), MemberPhase>,
     greetings: BTreeMap<NodeId, VecDeque<Greeting>>,
     pub(crate) carried: Carried,
+    pub(crate) duties: Duties,
     /// Nodes that an operator vouched for or removed.
     pub(crate) vouched: BTreeSet<NodeId>,
-    accepted: BTreeMap<u64, (Digest, JobId)>,
-    acked: BTreeSet<JobId>,
-    cancelled: BTreeSet<JobId>,
+    pub(crate) accepted: BTreeMap<u64, (Digest, JobId)>,
+    pub(crate) acked: BTreeSet<JobId>,
+    pub(crate) cancelled: BTreeSet<JobId>,
     highest: BTreeMap<(String, TaskIndex), u32>,
     backup: Option<Rows>,
     pub(crate) restores: u64,
@@ -58,6 +56,10 @@ pub(crate) struct Oracle {
     loose: BTreeSet<String>,
     pub(crate) forged: u64,
     pub(crate) identities_changed: u64,
+    /// Nodes of a restored backup that have not said what they run.
+    pub(crate) awaited: BTreeSet<NodeId>,
+    /// Nodes that said what they run since the last restore.
+    pub(crate) heard: BTreeSet<NodeId>,
 }
 
 /// What a node said it has.
@@ -134,6 +136,8 @@ impl Oracle {
             .retain(|job| rows.jobs.get(job).is_some_and(|job| job.cancel.is_some()));
         self.accepted.retain(|_, (_, job)| kept(job));
         self.reported.clear();
+        self.awaited = awaited(rows.nodes.values());
+        self.heard.clear();
     }
 
     fn is_loose(&self, job: &str) -> bool {
@@ -151,6 +155,7 @@ fn member_phase(phase: &ObservedPhase) -> MemberPhase {
         ObservedPhase::Ready { .. } => MemberPhase::Ready,
         ObservedPhase::Running { .. } => MemberPhase::Running,
         ObservedPhase::Stopping => MemberPhase::Stopping,
+        ObservedPhase::CleanupPending(_) => MemberPhase::CleanupPending,
         ObservedPhase::Uploading(_) => MemberPhase::Uploading,
         ObservedPhase::Ended(_) => MemberPhase::Ended,
     }
@@ -173,6 +178,12 @@ impl World {
 
     pub(crate) fn is_vouched(&self, node: NodeId) -> bool {
         self.oracle.vouched.contains(&node) || self.users.vouches_for(node)
+    }
+
+    /// Whether an operator declared the node gone without looking: then what lives there is nobody's.
+    pub(crate) fn was_taken_for_gone(&self, node: Option<NodeId>) -> bool {
+        let gone = |host: &super::host::Host| host.taken_for_gone && host.node == node;
+        node.is_some() && self.hosts.iter().any(gone)
     }
 
     /// Whether two machines claim to be this node at the moment.
@@ -296,7 +307,8 @@ impl World {
         // backup has forgotten, and what a copied disk made the coordinator believe to be gone.
         let mut processes = self.hosts[index].processes.values();
         let carries = processes.any(|process| process.bundle.is_some());
-        let excused = carries && (self.oracle.restores > 0 || self.hosts[index].doubled);
+        let gone = self.hosts[index].taken_for_gone;
+        let excused = carries && (self.oracle.restores > 0 || self.hosts[index].doubled || gone);
         self.holds("I1", excused || sum.fits(&capacity), || {
             format!("live processes use {sum:?} of host {index}, which has {capacity:?}")
         });
@@ -326,20 +338,27 @@ impl World {
             {
                 let id = other.attempt;
                 if other.job == job && id.task == attempt.task && id.attempt < attempt.attempt {
-                    older.push((at, id, host.doubled));
+                    // No lease can promise more: a killed process that the kernel cannot end yet runs no instruction
+                    // any more; and of what a killed shim leaves the agent takes care, if there is one.
+                    let beyond = other.killed || !host.shims.contains_key(&id);
+                    // An agent sees to it that none starts beside an older one that it knows.
+                    let beside = at == index && other.bundle.is_none();
+                    let doubled = host.doubled || host.taken_for_gone;
+                    older.push((at, id, doubled, (beyond, beside)));
                 }
             }
         }
-        for (at, id, doubled) in older {
-            let replace = self
-                .typed()
-                .jobs
-                .get(&id.job)
-                .is_some_and(|job| job.spec.on_disconnect == OnDisconnect::Replace);
+        for (at, id, doubled, (beyond, beside)) in older {
+            let job = self.typed().jobs.get(&id.job);
             let state = self.typed().attempts.get(&id).map(|row| row.state);
-            let declared = replace && state == Some(AttemptState::Lost);
+            let declared = state == Some(AttemptState::Lost)
+                && job.is_some_and(|job| match job.spec.on_disconnect {
+                    OnDisconnect::Replace => true,
+                    OnDisconnect::Wait => false,
+                    OnDisconnect::Stop => beyond,
+                });
             self.see("overlap of attempts");
-            self.holds("I2", declared || doubled, || {
+            self.holds("I2", (declared && !beside) || doubled, || {
                 format!(
                     "{attempt} starts on host {index} while {id} ({state:?}) lives on host {at}"
                 )
@@ -410,6 +429,7 @@ impl World {
     }
 
     fn check_task(&mut self, task: &TaskRecord) {
+        self.note_task_row(task.job, task.index);
         let key = (task.job, task.index);
         if let Some(before) = self.typed().tasks.get(&key).cloned() {
             let name = format!("{}.{}", task.job, task.index);
@@ -449,6 +469,16 @@ impl World {
                 });
                 self.oracle.highest.insert(key, id.attempt.0.max(highest));
                 self.see("attempt placed");
+                self.check_place_allowed(attempt);
+                let node = attempt.members.first().map(|member| member.node);
+                // Tasks of bundles get a row while they run, or with their end.
+                let carried = node.is_some_and(|node| self.is_carried(id, node));
+                if !carried && attempt.outcome.is_none() {
+                    self.check_placed(&id.to_string());
+                    self.check_above(id);
+                }
+                self.check_attempts_bounded(attempt);
+                self.check_quarantine(attempt);
             }
         }
         self.check_members(attempt, before.as_ref(), &name);
@@ -456,17 +486,25 @@ impl World {
             .as_ref()
             .is_none_or(|before| before.outcome.is_none());
         if decided && let Some(outcome) = attempt.outcome {
+            self.oracle.duties.decided.insert(id);
+            self.check_told(attempt);
             self.see(outcome.as_str());
             self.see(attempt.reason.code.as_str());
             if outcome == Outcome::Succeeded {
                 self.check_success(attempt, &name);
             }
-            if attempt.reason.code == ReasonCode::NodeLost {
+            let lease_over = attempt.reason.message.starts_with("lease over on");
+            if attempt.reason.code == ReasonCode::NodeLost || lease_over {
                 self.check_given_up(attempt);
+            }
+            if lease_over {
+                self.see("attempt given up after its lease");
             }
         }
         let newly = before.is_none_or(|before| before.state != attempt.state);
-        if newly && attempt.state == AttemptState::Lost {
+        if newly && attempt.state == AttemptState::Lost && is_lingering(attempt) {
+            self.check_lingering(attempt);
+        } else if newly && attempt.state == AttemptState::Lost {
             self.see("attempt given up unconfirmed");
             let waits = self
                 .typed()
@@ -487,6 +525,68 @@ impl World {
         }
     }
 
+    /// The coordinator waits no longer for nodes of a restored backup: it heard them, or had the time to.
+    pub(crate) fn check_reconciled(&mut self) {
+        let limit = self.swarm.config.lost_after;
+        let awaited = std::mem::take(&mut self.oracle.awaited);
+        let Some(process) = &self.coordinator.process else {
+            return;
+        };
+        let there = |id: &NodeId| {
+            let node = process.core.node(*id);
+            node.is_some_and(|node| node.availability != NodeAvailability::Lost)
+        };
+        if let Some(node) = awaited.into_iter().find(there) {
+            let waited = self.waited_since_start();
+            let long = waited + self.drift_slack(limit) >= micros(limit);
+            self.see("restored state taken as it is after a while");
+            self.holds("I2", long, || {
+                format!("{node} is not waited for any more, {waited} us after a restore")
+            });
+        }
+    }
+
+    /// Something new was placed: not while nodes of a restored backup may run what it does not know.
+    pub(crate) fn check_placed(&mut self, what: &str) {
+        let limit = self.swarm.config.lost_after;
+        let typed = &self.coordinator.store.typed;
+        let there = |id: &NodeId| {
+            let node = typed.nodes.get(id);
+            node.is_some_and(|node| node.availability != NodeAvailability::Lost)
+        };
+        let awaited = self.oracle.awaited.iter().find(|id| there(id)).copied();
+        if let Some(node) = awaited {
+            let waited = self.waited_since_start();
+            let long = waited + self.drift_slack(limit) >= micros(limit);
+            self.see("placed before a node of the backup was heard");
+            self.holds("I2", long, || {
+                format!("{what} is placed {waited} us after a restore, before {node} was heard of")
+            });
+        }
+    }
+
+    /// After a restore no number is given that a node, which was heard of, has already.
+    fn check_above(&mut self, id: AttemptRef) {
+        if self.oracle.restores == 0 {
+            return;
+        }
+        let mut taken = None;
+        for host in self.hosts.iter().filter(|host| !host.doubled) {
+            let Some(node) = host.node else { continue };
+            if !self.oracle.heard.contains(&node) {
+                continue;
+            }
+            let same = |other: &&AttemptRef| {
+                other.job == id.job && other.task == id.task && other.attempt >= id.attempt
+            };
+            taken = taken.or_else(|| host.disk.dirs.keys().find(same).copied());
+        }
+        self.see("attempt placed after a restore");
+        self.holds("I4", taken.is_none(), || {
+            format!("{id} is placed and a node has {taken:?}")
+        });
+    }
+
     fn check_members(
         &mut self,
         attempt: &AttemptRecord,
@@ -502,7 +602,8 @@ impl World {
             let host = self
                 .hosts
                 .iter()
-                .position(|host| host.node == Some(node) && !host.doubled);
+                .position(|host| host.node == Some(node) && !host.doubled)
+                .filter(|_| !self.was_taken_for_gone(Some(node)));
             if member.phase > old_phase && !loose {
                 let reported = self.oracle.reported.get(&(id, node)).copied();
                 let backed = reported.is_some_and(|reported| member.phase <= reported);
@@ -597,11 +698,23 @@ impl World {
         silence
     }
 
+    /// How long the coordinator was there since it started, by true time.
+    fn waited_since_start(&self) -> Micros {
+        let since = self.coordinator.since;
+        let stalls = self.coordinator.stalls.iter();
+        let stalls = stalls.filter(|(from, to)| to - from >= PAUSE);
+        stalls.fold(self.now - since, |waited, (from, to)| {
+            let stalled = (*to).min(self.now).saturating_sub((*from).max(since));
+            waited.saturating_sub(stalled)
+        })
+    }
+
     pub(crate) fn was_silent(&self, node: NodeId, limit: std::time::Duration) -> bool {
         self.silence(node) + self.drift_slack(limit) >= micros(limit)
     }
 
     fn check_node(&mut self, node: &NodeRecord) {
+        self.check_incarnation(node);
         let id = node.id;
         let before = self.typed().nodes.get(&id).map(|node| node.availability);
         if before == Some(node.availability) {
@@ -613,6 +726,7 @@ impl World {
             }
             NodeAvailability::Lost => {
                 self.see("node given up");
+                self.check_brake(&id);
                 let silent = self.was_silent(id, self.swarm.config.lost_after);
                 let heard = self.silence(id);
                 let limit = self.swarm.config.lost_after;
@@ -638,6 +752,10 @@ impl World {
         self.holds("I16", silent, || {
             format!("{} is given up and no node of it was silent", attempt.id)
         });
+        let mut nodes = attempt.members.iter().map(|member| member.node);
+        if !nodes.any(|node| self.is_vouched(node)) {
+            self.check_brake(&attempt.id);
+        }
     }
 
     /// What holds between rows once a commit is whole.
@@ -731,129 +849,23 @@ impl World {
         let now = trainyard_common::time::Timestamp(0);
         let again = Core::new(self.swarm.config.clone(), snapshot, now);
         let (core, typed) = (&process.core, self.typed());
-        let same = core.live_jobs().eq(again.live_jobs())
-            && core.attempts().eq(again.attempts())
-            && core.nodes().eq(again.nodes())
-            && core.bundles().eq(again.bundles())
-            && core.bundles().eq(typed.bundles.values())
-            && tasks
-                .iter()
-                .all(|(job, index)| core.task(*job, *index) == again.task(*job, *index));
         let live = typed.jobs.values().filter(|job| !job.state.is_terminal());
-        let right = core.live_jobs().eq(live);
+        let mut same_tasks = tasks.iter();
+        let same_tasks =
+            same_tasks.all(|(job, index)| core.task(*job, *index) == again.task(*job, *index));
+        let compared = [
+            ("jobs", core.live_jobs().eq(again.live_jobs())),
+            ("attempts", core.attempts().eq(again.attempts())),
+            ("nodes", core.nodes().eq(again.nodes())),
+            ("bundles", core.bundles().eq(again.bundles())),
+            ("rows of bundles", core.bundles().eq(typed.bundles.values())),
+            ("tasks", same_tasks),
+            ("rows of jobs", core.live_jobs().eq(live)),
+        ];
+        let differs = compared.into_iter().find(|(_, same)| !same);
         self.see("state compared with the rows");
-        self.holds("I12", same && right, || {
-            "what the core knows is not what its rows say".to_owned()
+        self.holds("I12", differs.is_none(), || {
+            format!("what the core knows is not what its rows say: {differs:?}")
         });
-    }
-
-    // === words ===
-
-    pub(crate) fn check_answer(&mut self, call: u64, answer: &Result<Answer, Refusal>) {
-        let Some(ask) = self.users.ask(call) else {
-            return;
-        };
-        match (ask, answer) {
-            (Ask::Submit { request, .. }, Ok(Answer::Submitted { job, repeated })) => {
-                let digest = ask_digest(self.users.ask(call));
-                self.see(if *repeated {
-                    "submit repeated"
-                } else {
-                    "submit accepted"
-                });
-                let there = self.typed().jobs.contains_key(job);
-                self.holds("I5", there, || {
-                    format!("{job} is accepted and not on record")
-                });
-                let first = *self
-                    .oracle
-                    .accepted
-                    .entry(request)
-                    .or_insert((digest, *job));
-                self.holds("I6", first == (digest, *job), || {
-                    format!(
-                        "request {request} made {} and {job}, or with another body",
-                        first.1
-                    )
-                });
-                self.oracle.acked.insert(*job);
-            }
-            (Ask::Submit { .. }, Err(refusal)) if refusal.reason == "REQUEST_ID_REUSED" => {
-                self.see("request id with another body refused");
-            }
-            (Ask::Cancel { job, .. }, Ok(Answer::Cancelled(_))) => {
-                let row = self.typed().jobs.get(&job);
-                let noted = row.is_some_and(|job| job.cancel.is_some() || job.state.is_terminal());
-                self.holds("I11", noted, || {
-                    format!("the cancel of {job} is not on record")
-                });
-                self.see("cancel answered");
-                self.oracle.cancelled.insert(job);
-            }
-            _ => {}
-        }
-    }
-
-    pub(crate) fn check_command(&mut self, conn: u64, command: &Command) {
-        match command {
-            Command::Welcome { desired, bundles } => {
-                if let Some(conn) = self.conns.get_mut(&conn) {
-                    conn.welcomed = true;
-                }
-                for member in desired {
-                    self.check_desired(conn, member);
-                }
-                for bundle in bundles {
-                    self.check_desired_bundle(conn, bundle);
-                }
-            }
-            Command::Desire(member) => self.check_desired(conn, member),
-            Command::Forget(attempt) => {
-                let state = self.typed().attempts.get(attempt).map(|row| row.state);
-                let over = state.is_none_or(|state| state == AttemptState::Ended);
-                self.holds("I11", over, || {
-                    format!("{attempt} is to be forgotten and is {state:?}")
-                });
-            }
-            Command::DesireBundle(bundle) => self.check_desired_bundle(conn, bundle),
-            Command::ForgetBundle(bundle) => self.check_forget_bundle(*bundle),
-            Command::Resync(_) => self.see("gap in the reports of a bundle"),
-        }
-    }
-
-    fn check_desired(&mut self, conn: u64, desired: &DesiredMember) {
-        let id = desired.attempt;
-        let row = self.typed().attempts.get(&id).cloned();
-        let rank = usize::try_from(desired.spec.node_rank).unwrap_or(usize::MAX);
-        let node = self.oracle.certificates.get(&conn).copied();
-        match (&desired.phase, row) {
-            (DesiredPhase::Stop(_), None) => {}
-            (DesiredPhase::Stop(_), Some(row)) => {
-                let stopped = row.outcome.is_some() || row.state.is_over();
-                self.holds("I11", stopped, || {
-                    format!("{id} is to stop and that is not on record")
-                });
-            }
-            (_, None) => self.breaks("I11", format!("{id} is wanted and not on record")),
-            (phase, Some(row)) => {
-                // A connection that is over has no certificate any more.
-                let there = row.members.get(rank).map(|member| member.node) == node;
-                self.holds("I18", there || node.is_none(), || {
-                    format!("{id} is wanted on another node than its own")
-                });
-                if let DesiredPhase::Run(_) = phase {
-                    self.holds("I11", row.ready_at.is_some(), || {
-                        format!("{id} is to go and that is not on record")
-                    });
-                }
-            }
-        }
-    }
-}
-
-fn ask_digest(ask: Option<Ask>) -> Digest {
-    match ask {
-        Some(Ask::Submit { request, body, .. }) => super::users::digest(request, body),
-        _ => Digest([0; 32]),
     }
 }

@@ -6,6 +6,7 @@ use trainyard_common::ids::{AttemptRef, Digest};
 use trainyard_common::member::{
     DesiredMember, DesiredPhase, EndCause, Ending, MemberSpec, RankEnd,
 };
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
@@ -36,7 +37,10 @@ pub(crate) fn ending(
         ranks: ranks
             .map(|rank| RankEnd {
                 rank,
-                exit: ExitStatus::Unknown,
+                exit: match planted(Mutation::StatusInvented) {
+                    true => ExitStatus::Code(0),
+                    false => ExitStatus::Unknown,
+                },
                 at: now,
                 unprompted: false,
                 oom_killed: false,
@@ -54,6 +58,7 @@ fn runtime_state(state: State) -> RuntimeState {
         State::Ready { port } => RuntimeState::Ready { port },
         State::Running { started_at } => RuntimeState::Running { started_at },
         State::Stopping => RuntimeState::Stopping,
+        State::CleanupPending(cleanup) => RuntimeState::CleanupPending(*cleanup),
         State::Gone(ending) => RuntimeState::Gone(*ending),
     }
 }
@@ -160,7 +165,34 @@ impl World {
         }
         let clock = host.clock.start(now);
         self.start_shim(index, attempt, spec, clock);
+        self.order_lease(index, attempt, 0);
         Ok(())
+    }
+
+    /// The coordinator answered what was sent then: the agent renews the leases of the shims that it follows.
+    pub(crate) fn renew_leases(&mut self, index: usize, sent: Micros) {
+        let Some(agent) = &mut self.hosts[index].agent else {
+            return;
+        };
+        agent.heard = agent.heard.max(Some(sent));
+        let followed: Vec<AttemptRef> = agent.followers.keys().copied().collect();
+        for attempt in followed {
+            let wait = self.rng.skewed(100, ms(50));
+            self.order_lease(index, attempt, wait);
+        }
+    }
+
+    fn order_lease(&mut self, index: usize, attempt: AttemptRef, wait: Micros) {
+        let host = &self.hosts[index];
+        let heard = host.agent.as_ref().and_then(|agent| agent.heard);
+        let (Some(shim), Some(heard)) = (host.shims.get(&attempt), heard) else {
+            return;
+        };
+        let Some(lease) = shim.spec.lease else { return };
+        let clock = host.clock.start(heard);
+        let until = clock.when(heard, clock.now(heard).after(lease));
+        let (serial, order) = (shim.serial, Order::Lease(until));
+        self.after(wait, Happening::ShimOrdered(index, attempt, serial, order));
     }
 
     fn start_shim(
@@ -258,6 +290,8 @@ impl World {
         let wait = self.rng.skewed(100, ms(50));
         if let Some(shim) = self.hosts[index].shims.get(&attempt) {
             let serial = shim.serial;
+            // One line, which has the lease in it.
+            self.order_lease(index, attempt, wait.saturating_sub(1));
             self.after(wait, Happening::ShimOrdered(index, attempt, serial, order));
         }
     }
@@ -319,12 +353,13 @@ impl World {
         }
         host.disk.dirs.remove(&attempt);
         self.check_removed(index, attempt);
+        self.note_deleted(index, attempt);
         Event::Removed(attempt)
     }
 
     /// What became of a request that was under way when the agent's process ended.
     pub(crate) fn half_done(&mut self, index: usize, attempt: AttemptRef, task: Task, power: bool) {
-        if self.rng.chance(500) {
+        if !self.done_all_the_same() {
             return;
         }
         match task {
@@ -408,6 +443,7 @@ impl World {
 
     /// Begins to follow a shim that was started earlier: it says where it is, or is found dead.
     pub(crate) fn follow(&mut self, index: usize, attempt: AttemptRef) {
+        self.order_lease(index, attempt, ms(1));
         let host = &self.hosts[index];
         let said = host.shims.get(&attempt).map(|shim| shim.written_state());
         match said {
@@ -460,7 +496,7 @@ impl World {
         let (came_up, went) = (dir.shim, dir.go);
         let spec = dir.member.read().cloned();
         let stopping = !std::mem::replace(&mut follower.told_stopping, true);
-        if came_up && host.lives(attempt) {
+        if came_up && host.lives(attempt) && !planted(Mutation::LeftoversLive) {
             self.see("agent kills what a dead shim left");
             self.kill_tree(index, attempt);
             if stopping {

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use trainyard_common::ids::AttemptRef;
-use trainyard_common::member::{EndCause, Ending, MemberSpec, RankEnd, Stop};
+use trainyard_common::member::{Cleanup, EndCause, Ending, LeftProcess, MemberSpec, RankEnd, Stop};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
@@ -14,6 +15,8 @@ use super::world::{Happening, World};
 
 /// Grace of what ranks leave behind, as in the real shim.
 const LEFTOVER_GRACE: Micros = secs(5);
+/// What outlives SIGKILL by this much is told of, as by the real shim.
+const UNKILLABLE_AFTER: Micros = secs(5);
 
 /// What a shim says and writes down.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +24,7 @@ pub(crate) enum State {
     Ready { port: u16 },
     Running { started_at: Timestamp },
     Stopping,
+    CleanupPending(Box<Cleanup>),
     Gone(Box<Ending>),
 }
 
@@ -29,6 +33,8 @@ pub(crate) enum State {
 pub(crate) enum Order {
     Go,
     Stop(Stop),
+    /// It may live until then.
+    Lease(Micros),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +70,9 @@ pub(crate) struct Shim {
     ranks: BTreeMap<u32, Rank>,
     started: bool,
     limit_at: Option<Micros>,
+    /// Until when it may live, if it was told, and whether that is over.
+    lease: Option<Micros>,
+    lease_over: bool,
     stop_waits: Option<Stop>,
     state: Option<State>,
     version: u64,
@@ -83,11 +92,43 @@ impl Shim {
             ranks: BTreeMap::new(),
             started: false,
             limit_at: None,
+            lease: None,
+            lease_over: false,
             stop_waits: None,
             state: None,
             version: 0,
             written: 0,
             reserve: true,
+        }
+    }
+
+    /// Whether it has no lease, or one that is not over.
+    fn may_live(&self, now: Micros) -> bool {
+        let open = self.lease.is_some_and(|until| now < until);
+        self.spec.lease.is_none() || (open && !self.lease_over)
+    }
+
+    /// How its member ends, or would end now.
+    fn ending(&self, cause: EndCause, now: Micros) -> Ending {
+        let ended_at = self.clock.now(now);
+        let ranks = self.ranks.iter().map(|(rank, found)| {
+            found.end.unwrap_or(RankEnd {
+                rank: *rank,
+                exit: ExitStatus::Unknown,
+                at: ended_at,
+                unprompted: false,
+                oom_killed: false,
+            })
+        });
+        Ending {
+            cause,
+            message: String::new(),
+            started: self.started,
+            ranks: ranks.collect(),
+            ended_at,
+            outputs: None,
+            checkpoint: None,
+            warning: String::new(),
         }
     }
 
@@ -150,6 +191,7 @@ impl World {
         }
         self.see("shim ready");
         self.shim_state(index, attempt, State::Ready { port });
+        self.after(0, Happening::ShimTurns(index, attempt, serial));
     }
 
     fn shim_state(&mut self, index: usize, attempt: AttemptRef, state: State) {
@@ -254,15 +296,26 @@ impl World {
         serial: u64,
         order: Order,
     ) {
+        let now = self.now;
         let wait = self.rng.skewed(ms(1), ms(20));
         let Some(shim) = self.shim(index, attempt, serial) else {
             return;
         };
+        if let Order::Lease(until) = order {
+            // One that is over is not renewed.
+            if shim.lease.is_none_or(|known| now < known) {
+                shim.lease = shim.lease.max(Some(until));
+            }
+            return self.at(until, Happening::ShimTurns(index, attempt, serial));
+        }
+        let may_live = shim.may_live(now);
         match (order, shim.phase) {
+            (Order::Lease(_), _) => {}
             // It is not listening yet; what it is told waits in its socket.
             (_, Phase::Starting) => {
                 self.after(ms(5), Happening::ShimOrdered(index, attempt, serial, order));
             }
+            (Order::Go, Phase::Waiting) if !may_live => self.end_lease(index, attempt),
             (Order::Go, Phase::Waiting) => {
                 shim.phase = Phase::Going;
                 self.after(wait, Happening::ShimGoes(index, attempt, serial));
@@ -291,8 +344,12 @@ impl World {
             return self.shim_finishes(index, attempt, EndCause::PrepareFailed);
         }
         let (spec, clock) = (shim.spec.clone(), shim.clock);
+        let may_live = shim.may_live(now);
         if let Some(dir) = self.hosts[index].disk.dirs.get_mut(&attempt) {
             dir.go = true;
+        }
+        if !may_live {
+            return self.end_lease(index, attempt);
         }
         if self.goes_wrong(self.swarm.chances.rank_fails / 8) {
             return self.cannot_execute(index, attempt, &spec, clock.now(now));
@@ -351,13 +408,17 @@ impl World {
     fn start_rank(&mut self, index: usize, attempt: AttemptRef, spec: &MemberSpec, rank: u32) {
         let uid = self.next_serial();
         let nasty = self.goes_wrong(self.swarm.chances.rank_nasty);
-        let ignores_term = nasty && self.rng.chance(400);
+        let stubborn = spec.command.first().is_some_and(|word| word == "stubborn");
+        let ignores_term = stubborn || nasty && self.rng.chance(400);
         let stuck_for = match nasty && self.rng.chance(300) {
             true => self.rng.between(secs(1), secs(90)),
             false => 0,
         };
         let daemon = nasty && self.rng.chance(400);
-        let fate = self.fate();
+        let fate = match self.scripted_fate(&spec.command, attempt, rank) {
+            Some(fate) => fate,
+            None => self.fate(),
+        };
         let host = &mut self.hosts[index];
         let pid = host.pid();
         let process = Process {
@@ -482,12 +543,40 @@ impl World {
         self.after(100, Happening::ShimTurns(index, attempt, serial));
     }
 
+    /// The coordinator was out of reach for too long.
+    fn end_lease(&mut self, index: usize, attempt: AttemptRef) {
+        let Some(shim) = self.hosts[index].shims.get_mut(&attempt) else {
+            return;
+        };
+        let grace = micros(shim.spec.grace);
+        if std::mem::replace(&mut shim.lease_over, true) {
+            return;
+        }
+        let what = match shim.phase {
+            Phase::Running => "lease over, ranks ended",
+            Phase::Stopping { .. } => "lease over while it stopped",
+            Phase::Starting | Phase::Waiting | Phase::Going | Phase::Gone => {
+                "lease over before the start"
+            }
+        };
+        if shim.phase == Phase::Going {
+            shim.phase = Phase::Waiting;
+        }
+        self.see(what);
+        self.shim_stops(index, attempt, EndCause::LeaseExpired, grace);
+    }
+
     pub(crate) fn shim_turns(&mut self, index: usize, attempt: AttemptRef, serial: u64) {
         let now = self.now;
         let alive = self.hosts[index].lives(attempt);
         let Some(shim) = self.shim(index, attempt, serial) else {
             return;
         };
+        let late = shim.lease.is_some_and(|until| until <= now) && !shim.lease_over;
+        // One that is just starting looks when it is up, or told to go.
+        if late && !matches!(shim.phase, Phase::Starting | Phase::Going) {
+            return self.end_lease(index, attempt);
+        }
         match shim.phase {
             Phase::Starting | Phase::Waiting | Phase::Going | Phase::Gone => {}
             Phase::Running => {
@@ -513,15 +602,50 @@ impl World {
                     self.shim_stops(index, attempt, EndCause::TimeLimit, grace);
                 }
             }
-            Phase::Stopping { cause, .. } if !alive => self.shim_finishes(index, attempt, cause),
+            Phase::Stopping { cause, kill_at }
+                if !alive || (planted(Mutation::GoneAtKill) && kill_at <= now) =>
+            {
+                self.shim_finishes(index, attempt, cause);
+            }
             Phase::Stopping { kill_at, .. } if kill_at <= now => {
                 self.kill_tree(index, attempt);
+                if kill_at + UNKILLABLE_AFTER < now {
+                    self.tell_left(index, attempt);
+                }
                 self.after(ms(200), Happening::ShimTurns(index, attempt, serial));
             }
             Phase::Stopping { kill_at, .. } => {
                 self.at(kill_at, Happening::ShimTurns(index, attempt, serial));
             }
         }
+    }
+
+    /// A shim tells what outlives SIGKILL, if that is news.
+    fn tell_left(&mut self, index: usize, attempt: AttemptRef) {
+        let now = self.now;
+        let host = &self.hosts[index];
+        let living = host.living(attempt).map(|(_, process)| LeftProcess {
+            pid: process.pid,
+            state: 'D',
+            name: "python3".to_owned(),
+        });
+        let left: Vec<LeftProcess> = living.take(8).collect();
+        let Some(shim) = host.shims.get(&attempt) else {
+            return;
+        };
+        let Phase::Stopping { cause, .. } = shim.phase else {
+            return;
+        };
+        if let Some(State::CleanupPending(told)) = &shim.state
+            && told.left == left
+        {
+            return;
+        }
+        let ending = shim.ending(cause, now);
+        self.see("processes that outlive SIGKILL told");
+        let (left, more) = (left, 0);
+        let cleanup = Cleanup { ending, left, more };
+        self.shim_state(index, attempt, State::CleanupPending(Box::new(cleanup)));
     }
 
     fn shim_stops(&mut self, index: usize, attempt: AttemptRef, cause: EndCause, grace: Micros) {
@@ -586,30 +710,17 @@ impl World {
     }
 
     fn shim_finishes(&mut self, index: usize, attempt: AttemptRef, cause: EndCause) {
+        // A shim with a bug of its own says that all is well and leaves out what is not.
+        let garbled = self.goes_wrong(self.swarm.chances.rank_nasty / 3);
         let now = self.now;
         let Some(shim) = self.hosts[index].shims.get_mut(&attempt) else {
             return;
         };
-        let ended_at = shim.clock.now(now);
-        let ranks = shim.ranks.iter().map(|(rank, found)| {
-            found.end.unwrap_or(RankEnd {
-                rank: *rank,
-                exit: ExitStatus::Unknown,
-                at: ended_at,
-                unprompted: false,
-                oom_killed: false,
-            })
-        });
-        let ending = Ending {
-            cause,
-            message: String::new(),
-            started: shim.started,
-            ranks: ranks.collect(),
-            ended_at,
-            outputs: None,
-            checkpoint: None,
-            warning: String::new(),
-        };
+        let mut ending = shim.ending(cause, now);
+        if garbled && cause == EndCause::RankFailed {
+            ending.cause = EndCause::Completed;
+            ending.ranks.retain(|end| end.exit.is_success());
+        }
         shim.phase = Phase::Gone;
         self.shim_state(index, attempt, State::Gone(Box::new(ending)));
     }

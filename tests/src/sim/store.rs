@@ -8,7 +8,7 @@ use trainyard_common::ids::{AttemptRef, BundleRef, JobId, NodeId, TaskIndex, Ter
 use trainyard_common::record::{
     AttemptRecord, BundleRecord, JobRecord, NodeRecord, Record, TaskRecord, TokenRecord, UserRecord,
 };
-use trainyard_common::state::AttemptState;
+use trainyard_common::state::{AttemptState, NodeAvailability};
 use trainyard_common::time::Timestamp;
 use trainyard_coordinator_core::{RememberedRequest, Snapshot};
 use trainyard_proto::convert::store::{decode, encode};
@@ -75,6 +75,8 @@ pub(crate) struct Store {
     pub(crate) typed: Rows,
     /// The transition log; sequence numbers count from 1.
     log: Vec<Vec<u8>>,
+    /// It was restored from a backup, and the nodes of it were not all heard of since.
+    pub(crate) restored: bool,
 }
 
 impl Rows {
@@ -125,6 +127,7 @@ impl Store {
             requests: BTreeMap::new(),
             typed: Rows::default(),
             log: Vec::new(),
+            restored: false,
         }
     }
 
@@ -211,6 +214,9 @@ impl Store {
                 Err(bad) => return Err(format!("{key:?}: {bad}")),
             }
         }
+        if self.restored {
+            snapshot.awaited = awaited(snapshot.nodes.iter());
+        }
         Ok(snapshot)
     }
 
@@ -272,7 +278,15 @@ impl Store {
         self.requests.clone_from(&backup.requests);
         self.typed.clone_from(&backup.typed);
         self.log.truncate(backup.log);
+        self.restored = true;
     }
+}
+
+/// The nodes of a restored state that may run something, as the real store picks them.
+pub(crate) fn awaited<'a>(nodes: impl Iterator<Item = &'a NodeRecord>) -> BTreeSet<NodeId> {
+    let there =
+        nodes.filter(|node| node.incarnation.0 > 0 && node.availability != NodeAvailability::Lost);
+    there.map(|node| node.id).collect()
 }
 
 fn put(snapshot: &mut Snapshot, record: Record) {

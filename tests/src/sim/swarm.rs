@@ -40,9 +40,11 @@ pub(crate) enum Fault {
     PolicySet,
     NodeRemoved,
     NodeConfirmedLost,
+    OperatorRash,
+    OlderCoordinator,
 }
 
-pub(crate) const FAULTS: [Fault; 29] = [
+pub(crate) const FAULTS: [Fault; 31] = [
     Fault::CoordinatorKilled,
     Fault::CoordinatorPaused,
     Fault::CoordinatorDiskFull,
@@ -72,6 +74,8 @@ pub(crate) const FAULTS: [Fault; 29] = [
     Fault::PolicySet,
     Fault::NodeRemoved,
     Fault::NodeConfirmedLost,
+    Fault::OperatorRash,
+    Fault::OlderCoordinator,
 ];
 
 /// Chances in thousandths of what may go wrong each time something is done.
@@ -142,6 +146,7 @@ impl Swarm {
             unreachable_after: Duration::from_secs(unreachable),
             lost_after: Duration::from_secs(lost),
             lost_after_gang: Duration::from_secs(gang),
+            lease_margin: Duration::from_secs(rng.between(1, 10)),
             prepare_timeout: Duration::from_secs(rng.between(20, 120)),
             max_live_jobs: 40,
             max_live_jobs_per_user: 25,
@@ -167,7 +172,7 @@ impl Swarm {
             fetch_hangs: chance(rng, 40),
             spawn_fails: chance(rng, 60),
             go_fails: chance(rng, 150),
-            stop_fails: chance(rng, 150),
+            stop_fails: chance(rng, 400),
             upload_fails: chance(rng, 300),
             remove_fails: chance(rng, 300),
             rank_fails: chance(rng, 400),
@@ -199,6 +204,29 @@ impl Swarm {
             fsync: rng.skewed(100, 50_000),
             drift_ppm: if rng.chance(300) { 50_000 } else { 50 },
             reserve: rng.chance(500),
+        }
+    }
+
+    /// A world in which only what a script says happens.
+    pub(crate) fn scripted(rng: &mut Rng, hosts: usize) -> Self {
+        let quiet = Self::plain(rng);
+        Self {
+            hosts,
+            config: Config {
+                unreachable_after: Duration::from_secs(10),
+                lost_after: Duration::from_secs(60),
+                lost_after_gang: Duration::from_secs(30),
+                prepare_timeout: Duration::from_secs(60),
+                ..quiet.config
+            },
+            // The script ends it.
+            chaos: secs(7200),
+            jobs: 0,
+            heartbeat: Duration::from_secs(2),
+            // So that messages are under way at the same time.
+            delay: 300_000,
+            fsync: 5000,
+            ..quiet
         }
     }
 

@@ -61,6 +61,8 @@ struct Call {
     ask: Ask,
     attempt: u64,
     done: bool,
+    /// Of somebody who did not look.
+    rash: bool,
 }
 
 /// Somebody who follows the durable sequence.
@@ -163,8 +165,13 @@ impl Users {
                 | Ask::Policy { .. }
                 | Ask::Enrol { .. } => None,
             };
-            !call.done && vouched == Some(node)
+            !call.done && !call.rash && vouched == Some(node)
         })
+    }
+
+    /// Whether a call is of somebody who did not look.
+    pub(crate) fn is_rash(&self, call: u64) -> bool {
+        self.calls.get(&call).is_some_and(|call| call.rash)
     }
 
     pub(crate) fn sets_policies(&self) -> bool {
@@ -193,14 +200,35 @@ impl World {
             ask,
             attempt: 0,
             done: false,
+            rash: false,
         };
         self.users.calls.insert(id, call);
         self.after(wait, Happening::CallMade(id));
     }
 
+    /// A call of somebody who did not look whether it is so.
+    pub(crate) fn call_rashly(&mut self, ask: Ask) {
+        let id = self.next_serial();
+        let call = Call {
+            ask,
+            attempt: 0,
+            done: false,
+            rash: true,
+        };
+        self.users.calls.insert(id, call);
+        self.after(0, Happening::CallMade(id));
+    }
+
+    fn call_takes(&mut self) -> Micros {
+        match self.is_scripted() {
+            true => self.rng.between(ms(20), ms(400)),
+            false => self.rng.skewed(100, ms(500)),
+        }
+    }
+
     pub(crate) fn call_made(&mut self, id: u64) {
         let lost = self.goes_wrong(self.swarm.chances.call_lost);
-        let wait = self.rng.skewed(100, ms(500));
+        let wait = self.call_takes();
         let Some(call) = self.users.calls.get_mut(&id) else {
             return;
         };
@@ -209,7 +237,9 @@ impl World {
         }
         call.attempt += 1;
         let attempt = call.attempt;
-        if let Ask::ConfirmLost { node } | Ask::Remove { node } = call.ask {
+        if let Ask::ConfirmLost { node } | Ask::Remove { node } = call.ask
+            && !call.rash
+        {
             self.oracle.vouched.insert(node);
         }
         if lost {
@@ -241,7 +271,7 @@ impl World {
         if self.goes_wrong(self.swarm.chances.call_lost) {
             return self.see("answer lost");
         }
-        let wait = self.rng.skewed(100, ms(500));
+        let wait = self.call_takes();
         self.after(wait, Happening::CallAnswered(call, attempt, Box::new(said)));
     }
 
@@ -269,9 +299,9 @@ impl World {
             return self.after(wait, Happening::CallMade(id));
         }
         call.done = true;
-        let ask = call.ask.clone();
+        let (ask, rash) = (call.ask.clone(), call.rash);
         if let Said::Answer(answer) = said {
-            self.heard(ask, answer);
+            self.heard(ask, rash, answer);
         }
     }
 
@@ -285,7 +315,7 @@ impl World {
         }
     }
 
-    fn heard(&mut self, ask: Ask, answer: Result<Answer, Refusal>) {
+    fn heard(&mut self, ask: Ask, rash: bool, answer: Result<Answer, Refusal>) {
         match (ask, answer) {
             (Ask::Submit { .. }, Ok(Answer::Submitted { job, .. })) => self.submitted(job),
             (Ask::Enrol { host, .. }, Ok(Answer::NodeEnrolled(node))) => {
@@ -297,6 +327,9 @@ impl World {
             }
             (Ask::ConfirmLost { .. }, Ok(_)) => self.see("operator confirmed a loss"),
             (Ask::Policy { .. }, Ok(_)) => self.see("policy set"),
+            (Ask::Remove { .. } | Ask::ConfirmLost { .. }, Err(_)) if rash => {
+                self.see("operator who did not look refused");
+            }
             (ask @ (Ask::Remove { node } | Ask::ConfirmLost { node }), Err(refusal)) => {
                 let own = self.hosts.iter().any(|host| host.node == Some(node));
                 if !own && refusal.code == ErrorCode::FailedPrecondition {
@@ -350,7 +383,7 @@ impl World {
 
     fn submitted(&mut self, job: JobId) {
         self.users.jobs.push(job);
-        if !self.rng.chance(150) {
+        if self.is_scripted() || !self.rng.chance(150) {
             return;
         }
         let wait = self.rng.skewed(ms(1), secs(90));
@@ -383,6 +416,8 @@ impl World {
         }
         if rng.chance(250) {
             spec.on_disconnect = OnDisconnect::Wait;
+        } else if rng.chance(330) {
+            spec.on_disconnect = OnDisconnect::Stop;
         }
         if rng.chance(150) {
             let first = u32::try_from(rng.below(4)).unwrap_or(0);
@@ -432,6 +467,7 @@ impl World {
     pub(crate) fn watcher_looks(&mut self, index: usize) {
         let wait = self.rng.skewed(ms(100), secs(30));
         self.after(wait, Happening::WatcherLooks(index));
+        self.check_stopped();
         let Some(process) = &self.coordinator.process else {
             return;
         };

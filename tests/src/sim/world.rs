@@ -4,16 +4,17 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
 
-use trainyard_common::ids::{AttemptRef, BundleRef};
+use trainyard_common::ids::{AttemptRef, BundleRef, Term};
 use trainyard_common::state::ExitStatus;
-use trainyard_coordinator_core::event::Event as CoreEvent;
+use trainyard_coordinator_core::event::{Event as CoreEvent, Registration};
 
 use super::bundles::BundleStep;
 use super::carrier::CarrierStep;
 use super::clock::{Micros, secs};
 use super::coordinator::Coordinator;
+use super::corner::Corner;
 use super::host::Host;
-use super::network::Conn;
+use super::network::{Conn, Down};
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::shim::Order;
@@ -40,6 +41,10 @@ pub(crate) enum Happening {
     CoordinatorCommitted(u64),
     /// What was under way in a session that is over. To which process.
     Late(u64, Box<CoreEvent>),
+    /// A command that came before comes again, on which connection.
+    CommandAgain(u64, Box<Down>),
+    /// A greeting that its agent gave up. To which process, on which connection.
+    HelloLate(u64, u64, Term, Box<Registration>),
     BackupMade,
     BackupRestored,
 
@@ -123,11 +128,11 @@ pub(crate) enum Happening {
 }
 
 #[derive(Debug)]
-struct Entry {
+pub(crate) struct Entry {
     at: Micros,
     tie: u64,
-    sequence: u64,
-    what: Happening,
+    pub(crate) sequence: u64,
+    pub(crate) what: Happening,
 }
 
 impl Entry {
@@ -185,6 +190,8 @@ pub(crate) struct World {
     /// Boundaries between two effects that the coordinator passed, and the one at which it is to crash.
     pub(crate) boundaries: u64,
     pub(crate) crash_at: Option<u64>,
+    /// Only in a scenario of the exhaustive corner.
+    pub(crate) corner: Option<Box<Corner>>,
     /// Gangs of which only a part lives, since when.
     pub(crate) partial: BTreeMap<AttemptRef, Micros>,
     /// Gives every process, connection and call a number of its own.
@@ -213,6 +220,7 @@ impl World {
             events: 0,
             boundaries: 0,
             crash_at: None,
+            corner: None,
             partial: BTreeMap::new(),
             serial: 0,
             heap: BinaryHeap::new(),
@@ -248,6 +256,7 @@ impl World {
     pub(crate) fn at(&mut self, at: Micros, what: Happening) {
         let tie = self.rng.next();
         self.pushed += 1;
+        self.note_sent(self.pushed, &what);
         self.heap.push(Reverse(Entry {
             at: at.max(self.now),
             tie,
@@ -311,19 +320,28 @@ impl World {
                 );
                 self.breaks("I19", what);
             }
-            self.happen(entry.what);
+            if let Some((what, number)) = self.arrives(entry) {
+                self.happen(what);
+                self.let_go(number);
+            }
+            self.follow_script();
         }
     }
 
-    fn happen(&mut self, what: Happening) {
+    pub(crate) fn happen(&mut self, what: Happening) {
         if let Some(until) = self.held_until(&what) {
             return self.at(until, what);
         }
+        self.host_boundary(&what);
         match what {
             Happening::CoordinatorStarts => self.coordinator_starts(),
             Happening::CoordinatorWakes(process) => self.coordinator_wakes(process),
             Happening::CoordinatorCommitted(process) => self.coordinator_committed(process),
             Happening::Late(process, event) => self.late(process, *event),
+            Happening::CommandAgain(conn, message) => self.command_again(conn, *message),
+            Happening::HelloLate(process, conn, term, registration) => {
+                self.hello_late(process, conn, term, registration);
+            }
             Happening::BackupMade => self.backup_made(),
             Happening::BackupRestored => self.backup_restored(),
             Happening::Deliver { conn, up } => self.deliver(conn, up),
@@ -393,6 +411,7 @@ impl World {
             Happening::CoordinatorWakes(_)
             | Happening::CoordinatorCommitted(_)
             | Happening::Late(..)
+            | Happening::HelloLate(..)
             | Happening::CallArrives(..)
             | Happening::Deliver { up: true, .. }
             | Happening::ConnEnds {
@@ -409,6 +428,7 @@ impl World {
             | Happening::Beat { host, .. }
             | Happening::TermKept { host, .. } => self.hosts.get(*host)?.paused_until,
             Happening::Deliver { conn, up: false }
+            | Happening::CommandAgain(conn, _)
             | Happening::ConnEnds {
                 conn,
                 coordinator: false,

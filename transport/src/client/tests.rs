@@ -127,11 +127,68 @@ async fn an_expired_server_certificate_points_to_the_clocks() {
         .unwrap();
     for error in failures_with(&cluster, &cert).await {
         assert!(
-            matches!(only(&error), EndpointFailure::CertificateTime),
+            matches!(
+                only(&error),
+                EndpointFailure::CertificateTime(CertificateTime::Ended { .. })
+            ),
             "{error:?}"
         );
-        assert!(error.to_string().contains("clocks"), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("clock skew? check the clocks"), "{text}");
+        assert!(text.contains("and this machine's clock says 20"), "{text}");
     }
+}
+
+#[tokio::test]
+async fn a_clock_that_is_behind_is_told_as_that_with_the_amount() {
+    let cluster = Cluster::new();
+    let ahead = now().after(Duration::from_secs(7200));
+    let cert = cluster
+        .authority
+        .issue_server(&[], LEAF_VALIDITY, ahead)
+        .unwrap();
+    for error in failures_with(&cluster, &cert).await {
+        let text = error.to_string();
+        assert!(
+            matches!(
+                only(&error),
+                EndpointFailure::CertificateTime(CertificateTime::NotBegun { .. })
+            ),
+            "{error:?}"
+        );
+        // Certificates are valid from five minutes before they are issued.
+        assert!(text.contains("1h 54m") || text.contains("1h 55m"), "{text}");
+        assert!(text.contains("earlier"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_the_server_holds_for_expired_is_told_apart_from_a_broken_connection() {
+    use trainyard_proto::v1::RenewRequest;
+    use trainyard_proto::v1::enroll_service_client::EnrollServiceClient;
+
+    let cluster = Cluster::new();
+    let server = cluster.serve().await;
+    let (cert, key) = cluster.issue(&node(7), long_ago());
+    let expired = ClientCert::new(&cert, &key).unwrap();
+    let endpoints = slice::from_ref(&server.endpoint);
+    let asked = async {
+        let channel = connect(endpoints, &cluster.trust(), Some(&expired)).await;
+        let mut client = match channel {
+            Ok(channel) => EnrollServiceClient::new(channel),
+            Err(error) => return Box::new(error) as Box<dyn std::error::Error>,
+        };
+        let request = RenewRequest {
+            certificate_request: String::new(),
+        };
+        Box::new(client.renew(request).await.unwrap_err())
+    };
+    let error = soon("the refusal", asked).await;
+    assert!(crate::skew::says_expired(error.as_ref()), "{error:?}");
+    assert!(
+        crate::skew::refused(&expired.info(), error.as_ref(), now())
+            .is_some_and(|told| told.starts_with("the certificate ended at"))
+    );
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use crate::pki::LEAF_VALIDITY;
 use crate::testing::{Cluster, Server, listener, long_ago, node, now, soon};
 use crate::tls::ClientCert;
 
-type Client = tokio_rustls::client::TlsStream<TcpStream>;
+type Client = tokio_rustls::client::TlsStream<crate::gate::Gated>;
 
 async fn dial(cluster: &Cluster, server: &Server, client: Option<&ClientCert>) -> Client {
     let dialer = Dialer::new(

@@ -14,19 +14,21 @@ use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use trainyard_common::bundle::DesiredBundle;
+use trainyard_common::bundle::{BundlePhase, DesiredBundle};
 use trainyard_common::ids::BundleRef;
-use trainyard_common::member::MemberSpec;
+use trainyard_common::member::{MemberSpec, Stop};
+use trainyard_common::state::ReasonCode;
 use trainyard_transport::clock::Clock;
 use trainyard_transport::task::{blocking, spawn};
 
 use super::super::client::{connect, is_unlocked};
 use super::super::dir::{boot_id, random_hex};
+use super::super::failpoint::point;
 use super::super::remove::{named_directories, remove_whole};
 use super::super::start::start_shim;
 use super::super::wire::{Lines, line};
-use super::journal::Journal;
-use super::settle::{read_file, settle};
+use super::journal::{Gap, Journal};
+use super::settle::{Settled, read_record, settle};
 use super::{BundleDir, BundleFile, RunAs};
 
 /// Pauses between looks at something that is about to happen.
@@ -38,10 +40,10 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One line from carrier to agent.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Told {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Told {
     /// Bytes of whole records in the journal.
-    pub(super) journal: u64,
+    pub(crate) journal: u64,
 }
 
 /// How carriers work; fixed for the life of the agent.
@@ -321,6 +323,31 @@ fn bare(desired: &DesiredBundle) -> DesiredBundle {
     }
 }
 
+impl Wanted {
+    /// What a carrier is told: one that is found although its bundle is to be ended without one is to end at once.
+    fn orders(&self) -> Arc<DesiredBundle> {
+        if self.ended.is_none() || matches!(self.desired.phase, BundlePhase::Stop(_)) {
+            return self.desired.clone();
+        }
+        Arc::new(DesiredBundle {
+            phase: BundlePhase::Stop(Stop {
+                code: ReasonCode::PrepareFailed,
+                grace: Duration::ZERO,
+            }),
+            ..DesiredBundle::clone(&self.desired)
+        })
+    }
+}
+
+/// What came of closing a bundle's books.
+#[derive(Debug, Clone, Copy)]
+enum Heard {
+    /// They are closed, with so many bytes.
+    Over(u64),
+    /// There is a carrier after all.
+    Carrier,
+}
+
 /// One carrier, from its start to the removal of its bundle.
 #[derive(Debug)]
 struct Link {
@@ -335,17 +362,22 @@ struct Link {
 
 impl Link {
     async fn follow(mut self) {
-        while let Some(stream) = self.next_stream().await {
-            self.converse(stream).await;
-            if self.is_dismissed() {
-                return;
+        loop {
+            while let Some(stream) = self.next_stream().await {
+                self.converse(stream).await;
+                if self.is_dismissed() {
+                    return;
+                }
             }
-        }
-        if let Some(child) = &mut self.child {
-            let _ = timeout(START_TIMEOUT, child.wait()).await;
-        }
-        while let Some(journal) = self.settle().await {
-            self.tell(CarrierState::Over { journal }).await;
+            if let Some(child) = &mut self.child {
+                let _ = timeout(START_TIMEOUT, child.wait()).await;
+            }
+            match self.settle().await {
+                None => return,
+                // It must be told, and to end if that is wanted: nobody else will.
+                Some(Heard::Carrier) => continue,
+                Some(Heard::Over(journal)) => self.tell(CarrierState::Over { journal }).await,
+            }
             // Tasks may have been on their way meanwhile.
             tokio::select! {
                 biased;
@@ -378,7 +410,7 @@ impl Link {
         let since = Instant::now();
         loop {
             let shim = self.dir.shim();
-            if self.wanted.borrow().ended.is_some() {
+            if self.wanted.borrow().ended.is_some() && is_unlocked(&shim).await {
                 return None;
             }
             if let Ok(stream) = connect(&shim).await {
@@ -418,17 +450,19 @@ impl Link {
         let deaf_at = Instant::now() + START_TIMEOUT;
         let mut silent = true;
         loop {
-            let desired = self.wanted.borrow_and_update().desired.clone();
+            let desired = self.wanted.borrow_and_update().orders();
             if sent.as_ref() != Some(&desired) {
                 let Ok(line) = line(&*desired) else {
                     return;
                 };
+                point("bundle.telling");
                 if !matches!(
                     timeout(SEND_TIMEOUT, writer.write_all(&line)).await,
                     Ok(Ok(()))
                 ) {
                     return;
                 }
+                point("bundle.told");
                 sent = Some(desired);
             }
             tokio::select! {
@@ -477,8 +511,9 @@ impl Link {
         Ok(())
     }
 
-    /// Closes the bundle's books, however long that takes. Bytes of the journal; nothing if nobody wants to know.
-    async fn settle(&mut self) -> Option<u64> {
+    /// Closes the bundle's books, however long that takes, unless a carrier is found to have them. Nothing if nobody wants
+    /// to know.
+    async fn settle(&mut self) -> Option<Heard> {
         let mut pause = FIRST_PAUSE;
         loop {
             if self.is_dismissed() {
@@ -486,15 +521,12 @@ impl Link {
             }
             let wanted = self.wanted.borrow_and_update().clone();
             let (dir, now) = (self.dir.clone(), self.clock.now());
-            let settled = blocking(move || {
-                let done = settle(&dir, &wanted.desired, wanted.ended.as_deref(), now)?;
-                let length = done
-                    .then(|| Journal::open(&dir.journal()).map(|(journal, _)| journal.length()));
-                length.transpose()
-            });
+            let settled =
+                blocking(move || settle(&dir, &wanted.desired, wanted.ended.as_deref(), now));
             match settled.await {
-                Ok(Some(length)) => return Some(length),
-                Ok(None) => {}
+                Ok(Settled::Over(journal)) => return Some(Heard::Over(journal)),
+                Ok(Settled::Carried) => return Some(Heard::Carrier),
+                Ok(Settled::NotYet) => {}
                 Err(error) => tracing::error!(
                     bundle = %self.dir.bundle(),
                     error = &error as &dyn std::error::Error,
@@ -546,8 +578,12 @@ fn recover(bundles: &std::path::Path) -> io::Result<Vec<RecoveredBundle>> {
 }
 
 fn recover_one(dir: &BundleDir) -> io::Result<RecoveredBundle> {
-    let file = read_file(dir)?;
+    let file = read_record(dir)?;
     let (journal, account) = Journal::open(&dir.journal())?;
+    if let Some(Gap { offset, bytes }) = account.damage {
+        let path = dir.journal();
+        tracing::error!(bundle = %dir.bundle(), ?path, offset, bytes, "the journal of a bundle is damaged, what it told there is unknown");
+    }
     let carrier = if account.over {
         RecoveredCarrier::Over {
             journal: journal.length(),

@@ -2,7 +2,9 @@
 //! one step. Knows nothing of processes.
 //!
 //! The end of a process loses nothing of it, so it is never synced: after a power loss its end may be missing, and then
-//! the agent says of every task without an end that it is not known. A line that is not whole ends the journal.
+//! the agent says of every task without an end that it is not known. Lines at the end that are not whole are cut off. A
+//! line that is not whole and has whole ones behind it is damage: it is passed over, and whatever it may have told is
+//! unknown. The format's version is that of `bundle.json` beside it.
 //!
 //! What the coordinator is told is exactly the `started`, `ended` and `returned` records in their order; the number of a
 //! report is its place among them.
@@ -89,7 +91,58 @@ impl Record {
     }
 }
 
+/// Bytes of a journal that are no records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Gap {
+    /// Where they begin.
+    pub(crate) offset: u64,
+    /// How many there are.
+    pub(crate) bytes: u64,
+}
+
+impl Gap {
+    /// What is said of whatever such bytes may have told.
+    pub(crate) fn explain(self, journal: &Path) -> String {
+        format!(
+            "record unreadable: {}: byte {}",
+            journal.display(),
+            self.offset
+        )
+    }
+}
+
+/// What lies in a journal, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Item {
+    Record(Record),
+    Gap(Gap),
+}
+
+/// What whole lines there are in `bytes`, which lie at `offset`; and how long those are. Lines that are no records and
+/// lie side by side are one gap.
+pub(crate) fn items(bytes: &[u8], offset: u64) -> (Vec<Item>, usize) {
+    let mut items = Vec::new();
+    let mut taken = 0;
+    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+        if !line.ends_with(b"\n") {
+            break;
+        }
+        let length = line.len() as u64;
+        match (parse_line(line), items.last_mut()) {
+            (Some(record), _) => items.push(Item::Record(record)),
+            (None, Some(Item::Gap(gap))) => gap.bytes += length,
+            (None, _) => items.push(Item::Gap(Gap {
+                offset: offset + taken as u64,
+                bytes: length,
+            })),
+        }
+        taken += line.len();
+    }
+    (items, taken)
+}
+
 /// The whole records at the start of `bytes`, and how long they are. What follows is not a record, or not whole.
+#[cfg(test)]
 pub(crate) fn parse(bytes: &[u8]) -> (Vec<Record>, usize) {
     let mut records = Vec::new();
     let mut taken = 0;
@@ -132,7 +185,7 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Opens it, and tells what is in it. What is behind its last whole record is given up.
+    /// Opens it, and tells what is in it. What is behind its last whole record is given up, and told.
     pub(super) fn open(path: &Path) -> io::Result<(Self, Account)> {
         let mut file = OpenOptions::new()
             .read(true)
@@ -141,15 +194,32 @@ impl Journal {
             .open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        let (records, length) = parse(&bytes);
+        let (mut items, taken) = items(&bytes, 0);
+        let mut length = taken as u64;
+        if let Some(Item::Gap(gap)) = items.last() {
+            length = gap.offset;
+            items.pop();
+        }
+        let left = bytes.len() as u64 - length;
         let journal = Self {
             file,
-            length: length as u64,
-            torn: length < bytes.len(),
+            length,
+            torn: left > 0,
             scratch: Vec::new(),
         };
-        let mut account = Account::default();
-        records.iter().for_each(|record| account.take(record));
+        let mut account = Account {
+            torn: (left > 0).then_some(Gap {
+                offset: length,
+                bytes: left,
+            }),
+            ..Account::default()
+        };
+        for item in &items {
+            match item {
+                Item::Record(record) => account.take(record),
+                Item::Gap(gap) => account.damage = account.damage.or(Some(*gap)),
+            }
+        }
         Ok((journal, account))
     }
 
@@ -183,6 +253,12 @@ impl Journal {
     }
 }
 
+/// Appends records to a journal.
+#[cfg(test)]
+pub(crate) fn write_journal(path: &Path, records: &[Record]) -> io::Result<()> {
+    Journal::open(path)?.0.append(records)
+}
+
 /// What the records so far come to.
 #[derive(Debug, Default)]
 pub(super) struct Account {
@@ -195,6 +271,10 @@ pub(super) struct Account {
     /// The number of the next report.
     pub(super) reports: u64,
     pub(super) over: bool,
+    /// The first bytes that are no records and have records behind them: anything may be missing.
+    pub(super) damage: Option<Gap>,
+    /// The bytes at the end that are no records: the last of what happened may be missing.
+    pub(super) torn: Option<Gap>,
 }
 
 impl Account {
@@ -207,10 +287,16 @@ impl Account {
             Record::Began(task) => drop(self.begun.insert(*task)),
             Record::Started { .. } => {}
             Record::Ended(end) => {
+                // That it was handed out may be what is missing.
+                self.handed.insert(TaskRange {
+                    first: end.task,
+                    last: end.task,
+                });
                 self.open.remove(end.task);
                 self.begun.remove(&end.task);
             }
             Record::Returned(range) => {
+                self.handed.insert(*range);
                 for task in range.tasks() {
                     self.open.remove(task);
                 }
@@ -219,6 +305,11 @@ impl Account {
             Record::Over { .. } => self.over = true,
         }
         self.reports += u64::from(record.is_report());
+    }
+
+    /// Whether it is known how the task ended, or that it did not begin.
+    pub(super) fn is_settled(&self, task: TaskIndex) -> bool {
+        self.handed.contains(task) && !self.open.contains(task)
     }
 }
 

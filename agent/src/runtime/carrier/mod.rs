@@ -35,14 +35,20 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use trainyard_common::ids::{AttemptNumber, AttemptRef, BundleRef, TaskIndex};
 use trainyard_common::member::MemberSpec;
+use trainyard_transport::sealed::FileRecord;
 
+#[cfg(test)]
+pub(crate) use self::client::Told;
 pub use self::client::{CarrierConfig, CarrierError, CarrierEvent, CarrierState, Carriers};
 pub use self::client::{RecoveredBundle, RecoveredCarrier};
-pub(crate) use self::journal::{Record, TaskEnd, missing, parse, read_from};
+pub(crate) use self::journal::{Gap, Item, Record, TaskEnd, items, missing, read_from};
+#[cfg(test)]
+pub(crate) use self::journal::{parse, write_journal};
 pub(crate) use self::start::{carry, is_bundle};
 
 use super::RunAs;
 use super::dir::{AttemptDir, NEW_PREFIX, random_hex, sync_dir, write_json};
+use super::failpoint::point;
 use super::remove::delete_tree;
 
 /// How long a task may wait for a slot before it is given back, so that others can run it.
@@ -51,7 +57,7 @@ pub const RETURN_AFTER: Duration = Duration::from_secs(5);
 const STARTED_AFTER: Duration = Duration::from_millis(500);
 
 /// `bundle.json`: what is carried, and what the carrier must know that the coordinator did not say.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct BundleFile {
     pub(crate) bundle: BundleRef,
     pub(crate) spec: MemberSpec,
@@ -62,6 +68,11 @@ pub(crate) struct BundleFile {
     pub(crate) log_limit: u64,
     pub(crate) run_as: Option<RunAs>,
     pub(crate) return_after: Duration,
+}
+
+impl FileRecord for BundleFile {
+    const KIND: &'static str = "bundle";
+    const VERSION: u32 = 2;
 }
 
 /// The directory of one bundle on this node.
@@ -188,15 +199,19 @@ impl BundleDir {
         }
         let scratch = bundles.join(format!("{NEW_PREFIX}{}", random_hex(8)?));
         let new = Self::at(file.bundle, scratch);
-        let made = new
-            .fill(file)
-            .and_then(|()| match std::fs::rename(new.root(), dir.root()) {
+        point("bundle.begin");
+        let made = new.fill(file).and_then(|()| {
+            point("bundle.filled");
+            match std::fs::rename(new.root(), dir.root()) {
                 Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                    Err(io::ErrorKind::AlreadyExists.into())
+                    return Err(io::ErrorKind::AlreadyExists.into());
                 }
-                result => result,
-            })
-            .and_then(|()| sync_dir(bundles));
+                result => result?,
+            }
+            point("bundle.named");
+            sync_dir(bundles)
+        });
+        point("bundle.synced");
         if made.is_err() {
             // Nobody but this call has written into it, so there is nothing hostile to follow.
             let _ = std::fs::remove_dir_all(new.root());

@@ -241,7 +241,7 @@ mod tests {
             session: 1,
             start_time,
             is_zombie: false,
-            is_unkillable: false,
+            state: 'S',
         }
     }
 

@@ -1,6 +1,6 @@
 //! What becomes of a bundle without a carrier: whatever it left alive is killed, and then each task's end is written into
 //! the journal in its stead. An end is never made up: what may have run and has none is unknown, and what surely did not
-//! run is given back.
+//! run is given back. If the journal is damaged, nothing is sure of a task without an end.
 
 use std::io;
 
@@ -11,57 +11,137 @@ use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
 
 use super::super::dir::{boot_id, read_json};
+use super::super::failpoint::point;
 use super::super::process::{Process, Signal};
-use super::journal::{Account, Journal, Record, TaskEnd, missing};
+use super::super::wire::ShimFile;
+use super::journal::{Account, Gap, Journal, Record, TaskEnd, missing};
 use super::processes::Marks;
 use super::{BundleDir, BundleFile};
 
 /// Bytes of the carrier's own log that are shown when it could not start.
 const LOG_TAIL: usize = 400;
 
+/// How far the books of a bundle are closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Settled {
+    /// They are, with so many bytes of whole records.
+    Over(u64),
+    /// Not while a process of the bundle lives.
+    NotYet,
+    /// A carrier has it: one that an agent started just before its own end may be late.
+    Carried,
+}
+
 /// Closes the books of a bundle whose carrier is dead or never was; `why` says what went wrong if that is known. May be
-/// done again, for tasks that were handed out after it. Whether it is done: not while a carrier or a process of the bundle
-/// lives.
+/// done again, for tasks that were handed out after it.
 pub(super) fn settle(
     dir: &BundleDir,
     desired: &DesiredBundle,
     why: Option<&str>,
     now: Timestamp,
-) -> io::Result<bool> {
+) -> io::Result<Settled> {
     let shim = dir.shim();
     // Also keeps a late carrier from starting meanwhile.
     let Some(_lock) = shim.try_lock()? else {
-        return Ok(false);
+        return Ok(Settled::Carried);
     };
     let (mut journal, account) = Journal::open(&dir.journal())?;
+    let damage = account.damage.map(|gap| gap.explain(&dir.journal()));
     let mut records = Vec::new();
     if account.over {
-        give_back(missing(&desired.tasks, &account.handed), &mut records);
+        match &damage {
+            Some(damage) => unreadable(&account, desired, damage, now, &mut records),
+            None => give_back(missing(&desired.tasks, &account.handed), &mut records),
+        }
         if !records.is_empty() {
             journal.append(&records)?;
         }
-        return Ok(true);
+        return Ok(Settled::Over(journal.length()));
     }
-    let file = read_file(dir)?;
     let was_carried = shim.shim().exists();
-    let rebooted = file.boot_id != boot_id()?;
+    let (rebooted, damage) = match read_record(dir) {
+        Ok(file) => {
+            let rebooted = file.boot_id != boot_id()?;
+            if !rebooted && was_carried && !kill_all(&file) {
+                return Ok(Settled::NotYet);
+            }
+            (rebooted, damage)
+        }
+        // Without its key nothing of it can be told from strangers, and those are not touched.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            (false, damage.or(Some(error.to_string())))
+        }
+        Err(error) => return Err(error),
+    };
     if rebooted && was_carried {
         after_reboot(&account, desired, now, &mut records);
     } else {
-        if was_carried && !kill_all(&file) {
-            return Ok(false);
+        skip_what_is_on_record(&account, desired, &mut records);
+        match &damage {
+            Some(damage) => unreadable(&account, desired, damage, now, &mut records),
+            None => after_death(dir, &account, desired, now, &mut records),
         }
-        after_death(dir, &account, desired, now, &mut records);
     }
-    let message = match why {
-        Some(why) => why.to_owned(),
-        None if rebooted => "the node was rebooted".to_owned(),
-        None => death(dir, &account),
+    let message = match (why, damage) {
+        (Some(why), _) => why.to_owned(),
+        (None, _) if rebooted => "the node was rebooted".to_owned(),
+        (None, Some(damage)) => damage,
+        (None, None) => death(dir, &account),
     };
     records.push(Record::Over { message });
     journal.append(&records)?;
+    point("settle.appended");
     journal.sync()?;
-    Ok(true)
+    if let Some(Gap { offset, bytes }) = account.torn {
+        let path = dir.journal();
+        tracing::warn!(bundle = %dir.bundle(), ?path, offset, bytes, "the torn end of a journal was cut off");
+    }
+    Ok(Settled::Over(journal.length()))
+}
+
+/// What was accepted, if need be as its carrier had read it.
+pub(super) fn read_record(dir: &BundleDir) -> io::Result<BundleFile> {
+    let error = match read_file(dir) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => error,
+        result => return result,
+    };
+    match dir.shim().read_shim() {
+        Ok(Some(ShimFile {
+            bundle: Some(file), ..
+        })) if file.bundle == dir.bundle() => {
+            tracing::error!(bundle = %dir.bundle(), %error, "a bundle is known from its shim only");
+            Ok(*file)
+        }
+        Ok(_) | Err(_) => Err(error),
+    }
+}
+
+/// Reports that the end of the journal has lost are not told again, and their numbers not given to others.
+fn skip_what_is_on_record(account: &Account, desired: &DesiredBundle, records: &mut Vec<Record>) {
+    if account.reports < desired.recorded {
+        records.push(Record::Skipped {
+            to: desired.recorded,
+        });
+    }
+}
+
+/// Anything may be missing from the journal, and tasks without an end may have run.
+fn unreadable(
+    account: &Account,
+    desired: &DesiredBundle,
+    damage: &str,
+    now: Timestamp,
+    records: &mut Vec<Record>,
+) {
+    let open = desired.tasks.tasks();
+    let open: Vec<TaskIndex> = open.filter(|task| !account.is_settled(*task)).collect();
+    records.extend(open.into_iter().map(|task| {
+        let end = unknown(task, EndCause::SupervisorLost, 0, now);
+        Record::Ended(Box::new(TaskEnd {
+            message: damage.to_owned(),
+            ..end
+        }))
+    }));
 }
 
 /// What was accepted.
@@ -91,11 +171,16 @@ fn after_death(
     let mut unbegun = account.open.clone();
     for task in &account.begun {
         unbegun.remove(*task);
+        if account.reports < desired.recorded && !desired.tasks.contains(*task) {
+            // Its end is on record, and was lost from here.
+            continue;
+        }
         let log = dir
             .log(*task)
             .metadata()
             .map_or(0, |metadata| metadata.len());
-        records.push(unknown(*task, EndCause::SupervisorLost, log, now));
+        let end = unknown(*task, EndCause::SupervisorLost, log, now);
+        records.push(Record::Ended(Box::new(end)));
     }
     records.extend(unbegun.ranges().iter().copied().map(Record::Returned));
     give_back(missing(&desired.tasks, &account.handed), records);
@@ -117,15 +202,17 @@ fn after_reboot(
     let new: TaskSet = new.into_iter().collect();
     let open = desired.tasks.tasks();
     let open = open.filter(|task| new.contains(*task) || account.open.contains(*task));
-    records.extend(open.map(|task| unknown(task, EndCause::NodeRebooted, 0, now)));
+    records.extend(
+        open.map(|task| Record::Ended(Box::new(unknown(task, EndCause::NodeRebooted, 0, now)))),
+    );
 }
 
-fn unknown(task: TaskIndex, cause: EndCause, log: u64, now: Timestamp) -> Record {
+fn unknown(task: TaskIndex, cause: EndCause, log: u64, now: Timestamp) -> TaskEnd {
     let what = match cause {
         EndCause::NodeRebooted => "the node was rebooted",
         _ => "the shim was killed",
     };
-    Record::Ended(Box::new(TaskEnd {
+    TaskEnd {
         task,
         started_at: None,
         started: true,
@@ -138,7 +225,7 @@ fn unknown(task: TaskIndex, cause: EndCause, log: u64, now: Timestamp) -> Record
         log,
         outputs: false,
         warning: String::new(),
-    }))
+    }
 }
 
 /// Why a carrier is dead.
@@ -189,12 +276,8 @@ mod tests {
         let mut account = Account::default();
         account.take(&Record::Handed(range(0, 9)));
         for task in [0, 5] {
-            account.take(&unknown(
-                TaskIndex(task),
-                EndCause::Completed,
-                0,
-                Timestamp(1),
-            ));
+            let end = unknown(TaskIndex(task), EndCause::Completed, 0, Timestamp(1));
+            account.take(&Record::Ended(Box::new(end)));
         }
         // The coordinator recorded five reports, of which the journal lost three, and handed out more.
         let desired = DesiredBundle {

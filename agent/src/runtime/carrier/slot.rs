@@ -21,6 +21,7 @@ use trainyard_transport::clock::BootTime;
 use super::super::launch::{self, Context, RankPlan};
 use super::super::output;
 use super::super::port::HeldPort;
+use super::super::process;
 use super::super::shim::note;
 use super::super::spawn::{Image, SpawnError};
 use super::super::supervise::{environment, exit_status, failure};
@@ -45,7 +46,7 @@ const LEFTOVER_GRACE: Duration = Duration::from_secs(5);
 const FIRST_ROUND_GAP: Duration = Duration::from_millis(5);
 const MAX_ROUND_GAP: Duration = Duration::from_secs(1);
 /// A process that outlives SIGKILL by this much is told of in the carrier's log.
-const UNKILLABLE_AFTER: Duration = Duration::from_secs(10);
+const UNKILLABLE_AFTER: Duration = Duration::from_secs(5);
 
 /// Starts a thread for one more slot.
 pub(super) fn start(shared: &Arc<Shared>) -> io::Result<()> {
@@ -503,8 +504,17 @@ impl Slot {
         if !stopping.told_unkillable && first.until(now) > UNKILLABLE_AFTER {
             stopping.told_unkillable = true;
             let task = run.task;
+            let living = find(&self.shared.marks, Whose::Task(task), || {
+                self.shared.running()
+            });
+            let (left, more) = process::left(&living);
+            let left: Vec<String> = left
+                .iter()
+                .map(|left| format!("pid {} ({}), state {}", left.pid, left.name, left.state))
+                .collect();
             note(&format!(
-                "still waiting for processes of task {task} that do not die"
+                "processes of task {task} outlive SIGKILL, its slot stays in use: {} and {more} more",
+                left.join("; ")
             ));
         }
         self.kill(run.task);

@@ -21,6 +21,7 @@ use super::super::shim::{
     blocked_signals, identify, lock_for_good, look_up, note, require, set_aside, take_connection,
     take_name,
 };
+use super::super::wire::ShimFile;
 use super::birth::Nursery;
 use super::control::Control;
 use super::dirs::start_cleaner;
@@ -89,7 +90,11 @@ fn start(path: &Path) -> io::Result<Option<Control>> {
     let file: BundleFile = require(&dir.file())?;
     let signals = take_signals()?;
     nix::sys::prctl::set_child_subreaper(true)?;
-    write_json(&shim.shim(), &identify(None))?;
+    let told = ShimFile {
+        bundle: Some(Box::new(file.clone())),
+        ..identify(None)
+    };
+    write_json(&shim.shim(), &told)?;
     set_aside(&shim, 1)?;
     let identity = file.run_as.as_ref().map(look_up);
     let nursery = Nursery::new(identity, raise_open_files()?)?;

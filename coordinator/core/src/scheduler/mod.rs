@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use trainyard_common::error::{ErrorCode, Refusal};
 use trainyard_common::ids::{AttemptNumber, AttemptRef, BundleRef, JobId, NodeId};
 use trainyard_common::limits;
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{AttemptRecord, JobRecord, MemberRecord, NodeRecord, Target};
 use trainyard_common::resources::Resources;
 use trainyard_common::spec::JobSpec;
@@ -171,7 +172,7 @@ impl Core {
     /// Keeps work away from nodes that could not prepare lately, and lets one member try where the pause is over.
     fn hold_back(&self, now: Timestamp, nodes: &mut [NodeView]) {
         for node in nodes {
-            if self.live.troubles.pauses(now, node.id) {
+            if self.live.troubles.pauses(now, node.id) || self.live.crashes.pauses(node.id) {
                 node.open = false;
             } else if self.live.troubles.is_on_trial(now, node.id) {
                 node.doubtful = true;
@@ -183,8 +184,10 @@ impl Core {
     /// Whether new work may be placed on the node.
     pub(crate) fn is_open(&self, node: &NodeRecord) -> bool {
         is_ready(node.availability)
-            && node.policy == NodePolicy::Active
+            && (node.policy == NodePolicy::Active || planted(Mutation::CordonIgnored))
             && self.live.sessions.contains_key(&node.id)
+            && !self.live.suspects.contains(&node.id)
+            && !self.is_quarantined(node.id)
     }
 
     /// The tasks of a job that may be placed now: those that had an attempt first, then the fresh ones.
@@ -278,6 +281,7 @@ impl Core {
                 outputs: None,
                 checkpoint: None,
                 warning: String::new(),
+                cleanup: String::new(),
             });
         }
         if members.len() != usize::try_from(job.spec.nodes).ok()? {
@@ -317,7 +321,8 @@ impl Core {
         let key = (placement.job, index);
         let floor = self.live.floors.get(&key).copied().unwrap_or_default();
         let task = self.t.task_mut(key)?;
-        task.attempts = task.attempts.max(floor).saturating_add(1);
+        let step = u32::from(task.attempts == 0 || !planted(Mutation::RetryKeepsNumber));
+        task.attempts = task.attempts.max(floor).saturating_add(step);
         let id = AttemptRef {
             job: key.0,
             task: index,
@@ -329,6 +334,7 @@ impl Core {
         self.t
             .set_task(key, now, JobState::Preparing, reason.clone());
         let ranks = members.len();
+        let lease = self.lease_for(id.job, ranks);
         let nodes: Vec<NodeId> = members.iter().map(|member| member.node).collect();
         self.t.insert_attempt(AttemptRecord {
             id,
@@ -345,6 +351,7 @@ impl Core {
             ready_at: None,
             started_at: None,
             ended_at: None,
+            lease,
         });
         let from = now.max(self.live.lease_base);
         self.arm_prepare(from, id);
@@ -392,7 +399,7 @@ impl Core {
             Verdict::Placed | Verdict::Blocked => {
                 let mut message = explain::blocked(sight.nodes, demand, &job.spec);
                 let suiting = sight.nodes.iter().filter(|node| suits(node, demand));
-                let told = suiting.filter_map(|node| self.live.troubles.told(sight.now, node.id));
+                let told = suiting.filter_map(|node| self.why_it_pauses(sight.now, node.id));
                 for told in told.take(TROUBLES_NAMED) {
                     message = format!("{message}; {told}");
                 }
@@ -408,6 +415,12 @@ impl Core {
                 Reason::new(ReasonCode::BehindEarlierJob, "waits behind earlier jobs")
             }
         }
+    }
+
+    /// Why a node that is in order gets no new work for a while.
+    fn why_it_pauses(&self, now: Timestamp, node: NodeId) -> Option<String> {
+        let told = self.live.troubles.told(now, node);
+        told.or_else(|| self.live.crashes.told_briefly(node))
     }
 
     /// Why the open nodes could never hold it: there is none, others could, or none could.
@@ -433,11 +446,15 @@ impl Core {
             .collect();
         // Those that only pause are named first: they are what it waits for.
         closed.sort_by_key(|node| !self.is_open(node));
-        let is_silent = |node: &&NodeRecord| node.policy == NodePolicy::Active;
+        let is_silent =
+            |node: &&NodeRecord| node.policy == NodePolicy::Active && !self.is_quarantined(node.id);
+        let is_quarantined = |node: &&NodeRecord| self.is_quarantined(node.id);
         let code = if closed.first().is_some_and(|node| self.is_open(node)) {
             ReasonCode::PrepareFailed
         } else if closed.iter().any(is_silent) {
             ReasonCode::NodeUnreachable
+        } else if closed.iter().any(is_quarantined) {
+            ReasonCode::CleanupPending
         } else {
             ReasonCode::Operator
         };
@@ -446,11 +463,17 @@ impl Core {
             .take(3)
             .map(|node| {
                 if self.is_open(node)
-                    && let Some(told) = self.live.troubles.told(now, node.id)
+                    && let Some(told) = self.why_it_pauses(now, node.id)
                 {
                     return told;
                 }
                 let why = match node.policy {
+                    NodePolicy::Active if self.is_quarantined(node.id) => {
+                        "quarantined, as processes there outlive SIGKILL"
+                    }
+                    NodePolicy::Active if self.live.suspects.contains(&node.id) => {
+                        "not heard of for a while"
+                    }
                     NodePolicy::Active => "not in session",
                     NodePolicy::Cordoned => "cordoned",
                     NodePolicy::Draining => "draining",
@@ -563,7 +586,10 @@ fn healthy_gpus(node: &NodeRecord) -> Vec<&trainyard_common::inventory::Gpu> {
 fn free(node: &NodeRecord, usage: &Usage) -> Resources {
     let (all, used) = (&node.inventory.capacity, &usage.amounts);
     Resources {
-        cpu_milli: all.cpu_milli.saturating_sub(used.cpu_milli),
+        cpu_milli: match planted(Mutation::UsedCpusFree) {
+            true => all.cpu_milli,
+            false => all.cpu_milli.saturating_sub(used.cpu_milli),
+        },
         memory_bytes: all.memory_bytes.saturating_sub(used.memory_bytes),
         gpus: all.gpus.saturating_sub(used.gpus),
     }
@@ -583,7 +609,8 @@ fn node_view(
             model: models.number(&gpu.model),
             memory_bytes: gpu.memory_bytes,
             numa: gpu.numa_node,
-            free: !usage.gpus.contains_key(&gpu.uuid),
+            free: !usage.gpus.contains_key(&gpu.uuid)
+                || (planted(Mutation::FirstGpuFree) && gpu.index == 0),
         })
         .collect();
     let most = u32::try_from(limits::MAX_MEMBERS_PER_NODE).unwrap_or(u32::MAX);

@@ -3,6 +3,7 @@
 
 use trainyard_common::bundle::TaskRange;
 use trainyard_common::ids::{AttemptNumber, AttemptRef, BundleRef, JobId, NodeId, TaskIndex};
+use trainyard_common::mutation::{Mutation, planted};
 use trainyard_common::record::{AttemptRecord, BundleRecord, BundleState, TaskRecord};
 use trainyard_common::resources::Resources;
 
@@ -78,7 +79,10 @@ pub(crate) fn attempt_in_bundle(job: JobId, task: TaskIndex) -> AttemptRef {
 
 impl Usage {
     pub(crate) fn add_bundle(&mut self, bundle: &BundleRecord) {
-        let width = width(bundle);
+        let width = match planted(Mutation::BundleHoldsOne) {
+            true => 1,
+            false => width(bundle),
+        };
         self.amounts = self.amounts.plus(&times(&bundle.resources, width));
         self.members += width;
     }
@@ -227,7 +231,10 @@ impl Tables {
             return;
         };
         job.tasks.active = job.tasks.active.saturating_sub(tasks);
-        job.tasks.cancelled += tasks;
+        match planted(Mutation::ReturnedSucceeds) {
+            true => job.tasks.succeeded += tasks,
+            false => job.tasks.cancelled += tasks,
+        }
         self.dirty.jobs.insert(id);
         self.touched.insert(id);
     }

@@ -2,8 +2,10 @@
 
 mod attempts;
 mod bundles;
+mod cleanup;
 mod enrol;
 mod jobs;
+mod lease;
 mod placement;
 mod restored;
 mod sessions;

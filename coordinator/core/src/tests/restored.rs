@@ -55,3 +55,16 @@ fn a_node_that_does_not_come_back_is_waited_for_as_long_as_a_silent_one() {
     assert!(env.core.is_reconciled());
     assert!(!waits(&mut env));
 }
+
+#[test]
+fn a_pause_of_our_own_is_no_time_in_which_a_node_could_speak() {
+    let mut env = restored();
+    env.register(NodeId(1), 0, vec![]);
+    let lost_after = env.config.lost_after;
+    env.pass(lost_after - Duration::from_secs(1));
+    env.now = env.now.after(lost_after);
+    env.core.stood_still(env.now, lost_after);
+    assert!(waits(&mut env));
+    env.pass(Duration::from_secs(1));
+    assert!(!waits(&mut env));
+}

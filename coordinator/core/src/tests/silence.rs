@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use trainyard_common::ids::{Digest, NodeId};
-use trainyard_common::member::{ObservedMember, ObservedPhase};
+use trainyard_common::member::{EndCause, ObservedMember, ObservedPhase};
 use trainyard_common::spec::OnDisconnect;
-use trainyard_common::state::{AttemptState, NodePolicy};
+use trainyard_common::state::{AttemptState, ExitStatus, NodePolicy};
 use trainyard_common::time::Timestamp;
 
 use crate::effect::Effect;
 use crate::event::Event;
-use crate::testing::{TestEnv, attempt, completed, gpu_spec, job_spec, stopped, user};
+use crate::testing::{TestEnv, attempt, completed, ending, gpu_spec, job_spec, stopped, user};
 
 const fn minutes(minutes: u64) -> Duration {
     Duration::from_secs(60 * minutes)
@@ -64,7 +64,11 @@ fn a_broken_session_is_no_news_until_the_lease_is_over() {
         "PENDING NODE_UNREACHABLE: needs 1 node with 1 CPU; what could hold it takes no new work: n1 is not in \
          session"
     );
-    env.pass(Duration::from_millis(29_999));
+    env.pass(Duration::from_millis(14_999));
+    env.expect_all(&[], &[]);
+    env.pass(Duration::from_millis(1));
+    env.expect_all(&["n1 READY ACTIVE SUSPECT"], &[]);
+    env.pass(Duration::from_millis(14_999));
     env.expect_all(&[], &[]);
     env.pass(Duration::from_millis(1));
     env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
@@ -96,7 +100,10 @@ fn a_single_attempt_is_replaced_after_its_time_and_the_old_one_stopped_when_it_i
     env.node(4);
     env.cut(first);
     env.pass(minutes(15) - Duration::from_millis(1));
-    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
+    env.expect_all(
+        &["n1 READY ACTIVE SUSPECT", "n1 UNREACHABLE ACTIVE SILENT"],
+        &["note Warn SILENT"],
+    );
     env.pass(Duration::from_millis(1));
     env.expect_all(
         &[
@@ -160,6 +167,42 @@ fn a_gang_is_given_up_sooner_and_its_reachable_members_are_stopped_first() {
         env.core.attempt(attempt("j1.0.1")).unwrap().state,
         AttemptState::Lost
     );
+}
+
+#[test]
+fn a_job_that_is_over_says_where_its_end_is_not_confirmed() {
+    let mut env = TestEnv::new();
+    env.node(4);
+    let second = env.node(4);
+    env.start(gpu_spec(2, 4));
+    env.run("j1.0.1", &[1, 2]);
+    env.cut(second);
+    let failed = ending(EndCause::RankFailed, 0, &[ExitStatus::Code(5)]);
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ended(failed));
+    env.words();
+    env.pass(minutes(3));
+    let told = "FAILED RANK_EXITED: rank 0 on n1 exited with 5; attempt 1 unconfirmed on n2";
+    assert_eq!(env.job(1), told);
+    env.words();
+    let now = env.now;
+    back(
+        &mut env,
+        2,
+        "j1.0.1",
+        1,
+        ObservedPhase::Running { started_at: now },
+    );
+    env.expect(&[
+        "note Info IN_SESSION",
+        "n2: welcome [stop j1.0.1 GANG_ENDED]",
+        "schedule",
+    ]);
+    env.report(2, "j1.0.1", 1, ObservedPhase::Ended(stopped(1)));
+    env.words();
+    assert_eq!(env.job(1), told);
+    let attempt = &env.store.attempts[&attempt("j1.0.1")];
+    assert_eq!(attempt.state, AttemptState::Ended);
+    assert!(attempt.reason.message.ends_with("unconfirmed on n2"));
 }
 
 #[test]
@@ -407,11 +450,16 @@ fn many_that_fall_silent_at_once_are_not_given_up() {
     env.pass(minutes(600));
     let silent = "note Warn SILENT";
     env.expect(&[silent, silent, silent, "note Error SILENT"]);
+    assert_eq!(
+        crate::mass_loss(env.core.nodes()).as_deref(),
+        Some("3 of 5 nodes are silent at once; none of them is given up while that is so")
+    );
     assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
     // One is back: the others get a full lease, because they may be on their way.
     env.register(nodes[2], 0, vec![]);
     let back = "note Info IN_SESSION";
     env.expect(&[back, back, "n3: welcome []", "schedule"]);
+    assert_eq!(crate::mass_loss(env.core.nodes()), None);
     env.pass(minutes(14));
     env.expect(&[]);
     env.pass(minutes(1));
@@ -428,6 +476,8 @@ fn half_of_a_small_cluster_is_no_crowd() {
     env.pass(minutes(15));
     env.expect_all(
         &[
+            "n1 READY ACTIVE SUSPECT",
+            "n2 READY ACTIVE SUSPECT",
             "n1 UNREACHABLE ACTIVE SILENT",
             "n2 UNREACHABLE ACTIVE SILENT",
             "n1 LOST ACTIVE NODE_LOST",
@@ -463,7 +513,10 @@ fn our_own_downtime_is_nobodys_fault() {
     env.restart();
     env.event(Event::TimerFired);
     env.pass(minutes(14));
-    env.expect_all(&["n1 UNREACHABLE ACTIVE SILENT"], &["note Warn SILENT"]);
+    env.expect_all(
+        &["n1 READY ACTIVE SUSPECT", "n1 UNREACHABLE ACTIVE SILENT"],
+        &["note Warn SILENT"],
+    );
     assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
     env.pass(minutes(1));
     env.words();
@@ -531,6 +584,47 @@ fn an_attempt_that_is_never_ready_is_tried_elsewhere() {
 }
 
 #[test]
+fn what_a_silent_node_prepared_or_started_meanwhile_is_left_to_the_policy() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    let mut spec = job_spec();
+    spec.on_disconnect = OnDisconnect::Wait;
+    env.start(spec);
+    env.cut(node);
+    env.pass(env.config.prepare_timeout * 2);
+    env.words();
+    assert!(env.job(1).starts_with("PREPARING"), "{}", env.job(1));
+    // It had begun without a word that reached us, and goes on.
+    let started_at = env.now;
+    back(
+        &mut env,
+        1,
+        "j1.0.1",
+        0,
+        ObservedPhase::Running { started_at },
+    );
+    env.pass(minutes(60));
+    env.words();
+    assert!(env.job(1).starts_with("RUNNING"), "{}", env.job(1));
+}
+
+#[test]
+fn a_node_that_is_back_and_never_ready_is_not_waited_for() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    let mut spec = job_spec();
+    spec.on_disconnect = OnDisconnect::Wait;
+    env.start(spec);
+    env.cut(node);
+    env.pass(env.config.prepare_timeout * 2);
+    env.words();
+    back(&mut env, 1, "j1.0.1", 0, ObservedPhase::Preparing);
+    env.words();
+    env.pass(env.config.prepare_timeout);
+    env.expect(&["n1: stop j1.0.1 PREPARE_TIMEOUT"]);
+}
+
+#[test]
 fn a_cordoned_node_takes_nothing_new_until_it_is_active_again() {
     let mut env = TestEnv::new();
     env.node(0);
@@ -566,8 +660,14 @@ fn a_node_in_use_is_not_removed_unless_it_is_confirmed_lost() {
     remove(&mut env, 1);
     env.expect_all(&[], &["refused FAILED_PRECONDITION NODE_IN_USE"]);
     confirm(&mut env, 1);
-    env.expect_all(&[], &["refused FAILED_PRECONDITION NODE_IN_SESSION"]);
+    env.expect_all(&[], &["refused FAILED_PRECONDITION NODE_REACHABLE"]);
+    // Its session may be back any moment, with everything that runs there.
     env.cut(node);
+    confirm(&mut env, 1);
+    env.expect_all(&[], &["refused FAILED_PRECONDITION NODE_REACHABLE"]);
+    env.pass(Duration::from_secs(30));
+    env.words();
+    env.changes();
     confirm(&mut env, 1);
     env.expect_all(
         &[
@@ -584,6 +684,46 @@ fn a_node_in_use_is_not_removed_unless_it_is_confirmed_lost() {
     env.expect_all(&[], &["refused NOT_FOUND NODE_UNKNOWN"]);
     // Its number is never used again.
     assert_eq!(env.enrol(), NodeId(2));
+}
+
+#[test]
+fn a_node_that_is_back_cannot_be_confirmed_lost_any_more() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    env.cut(node);
+    env.pass(minutes(20));
+    env.words();
+    env.register(node, 0, vec![]);
+    env.words();
+    confirm(&mut env, 1);
+    let [refused] = &env.words()[..] else {
+        panic!("one refusal");
+    };
+    assert_eq!(refused, "refused FAILED_PRECONDITION NODE_REACHABLE");
+}
+
+#[test]
+fn a_suspect_gets_no_new_work_until_it_is_heard_of() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    env.changes();
+    // Its connection is half open: nobody has noticed that its machine is off.
+    let session = env.session(node);
+    env.silence(node);
+    env.pass(Duration::from_secs(16));
+    env.expect_all(&["n1 READY ACTIVE SUSPECT"], &[]);
+    env.start(job_spec());
+    assert_eq!(
+        env.job(1),
+        "PENDING NODE_UNREACHABLE: needs 1 node with 1 CPU; what could hold it takes no new work: n1 is not heard of \
+         for a while"
+    );
+    env.changes();
+    env.event(Event::HeartbeatReceived { session, node });
+    env.expect_all(&["n1 READY ACTIVE IN_SESSION"], &["schedule"]);
+    env.schedule();
+    // The test's own book has no session of the node.
+    env.expect(&["s1: start j1.0.1"]);
 }
 
 #[test]

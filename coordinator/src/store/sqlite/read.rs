@@ -2,20 +2,20 @@
 //! checksums.
 
 use std::collections::BTreeSet;
-use std::str::FromStr;
 
 use rusqlite::types::Value;
 use rusqlite::{OptionalExtension, params_from_iter};
 use trainyard_common::ids::{
-    AttemptNumber, AttemptRef, Digest, JobId, NodeId, Sequence, TaskIndex, TokenId,
+    AttemptNumber, AttemptRef, JobId, NodeId, Sequence, TaskIndex, TokenId,
 };
 use trainyard_common::record::{AttemptRecord, JobRecord, Record, TaskRecord};
 use trainyard_common::state::{JobState, NodeAvailability};
 use trainyard_common::time::Timestamp;
 use trainyard_coordinator_core::{RememberedRequest, Snapshot};
 
+use super::meta::{self, Meta, Tally};
 use super::write::{id, time};
-use super::{Meta, Reader, chain, decode, read_meta};
+use super::{Reader, chain, decode};
 use crate::store::{CheckReport, JobHistory, Loaded, MAX_ROWS_OF_JOB, StoreError, Transition};
 
 /// How rows of a table are found and what their keys look like.
@@ -128,7 +128,41 @@ impl Reader<'_> {
     }
 
     fn meta(&self) -> Result<Meta, StoreError> {
-        read_meta(&self.transaction).map_err(|source| self.failed(source))
+        meta::read(&self.transaction, self.file)
+    }
+
+    /// All rows of a table that a start reads, if they are the ones that were written.
+    fn live_records(&self, meta: &Meta, index: usize) -> Result<Vec<Record>, StoreError> {
+        let table = &TABLES[index];
+        let flag = match meta::flag_of(table.name) {
+            "1" => String::new(),
+            flag => format!("WHERE {flag} = 1"),
+        };
+        let query = format!("SELECT {}, row FROM {} {flag}", table.key, table.name);
+        let error = |source| self.failed(source);
+        let mut statement = self.transaction.prepare_cached(&query).map_err(error)?;
+        let mut rows = statement.query([]).map_err(error)?;
+        let (mut records, mut tally) = (Vec::new(), Tally::default());
+        while let Some(row) = rows.next().map_err(error)? {
+            let key: String = row.get(0).map_err(error)?;
+            let bytes = row.get_ref(1).map_err(error)?.as_blob();
+            let bytes = bytes.map_err(|bad| self.corrupt(table.name, &key, bad))?;
+            records.push(decode(self.file, table.name, &key, bytes)?.1);
+            tally.add(bytes);
+        }
+        self.compare(table, tally, meta.tallies.live[index])?;
+        Ok(records)
+    }
+
+    fn compare(&self, table: &Table, found: Tally, written: Tally) -> Result<(), StoreError> {
+        if found == written {
+            return Ok(());
+        }
+        let reason = format!(
+            "{} rows of those that a start reads are there and {} were written, or some are not the last ones",
+            found.rows, written.rows
+        );
+        Err(self.corrupt(table.name, "(unknown)", reason))
     }
 
     pub(super) fn load(
@@ -138,91 +172,109 @@ impl Reader<'_> {
     ) -> Result<Loaded, StoreError> {
         let meta = self.meta()?;
         let mut snapshot = Snapshot {
-            jobs: self.job_records("WHERE live = 1 ORDER BY id", &[])?,
-            tasks: self.task_records(
-                "WHERE live = 1 AND job IN (SELECT id FROM jobs WHERE live = 1) ORDER BY job, task",
-                &[],
-            )?,
-            attempts: self.attempt_records("WHERE open = 1 ORDER BY job, task, attempt", &[])?,
-            requests: self.requests(requests_since)?,
             next_job: JobId(meta.next_job),
             next_node: NodeId(meta.next_node),
             next_token: TokenId(meta.next_token),
             ..Snapshot::default()
         };
-        let mut others = self.records(&NODES, "ORDER BY id", &[])?;
-        others.extend(self.records(&BUNDLES, "ORDER BY job, bundle", &[])?);
-        others.extend(self.records(
-            &TOKENS,
-            "WHERE usable = 1 AND expires_at > ?1 ORDER BY id",
-            &[time(now)],
-        )?);
-        others.extend(self.records(&USERS, "ORDER BY name", &[])?);
-        for record in others {
-            match record {
-                Record::Node(node) => snapshot.nodes.push(*node),
-                Record::Token(token) => snapshot.tokens.push(*token),
-                Record::User(user) => snapshot.users.push(*user),
-                Record::Bundle(bundle) => snapshot.bundles.push(*bundle),
-                // `decode` has checked that each row is of its table's kind.
-                Record::Job(_)
-                | Record::Task(_)
-                | Record::Attempt(_)
-                | Record::BundleRemoved(_)
-                | Record::NodeRemoved(_) => {}
+        for index in 0..TABLES.len() {
+            for record in self.live_records(&meta, index)? {
+                match record {
+                    Record::Job(job) => snapshot.jobs.push(*job),
+                    Record::Task(task) => snapshot.tasks.push(*task),
+                    Record::Attempt(attempt) => snapshot.attempts.push(*attempt),
+                    Record::Node(node) => snapshot.nodes.push(*node),
+                    Record::Token(token) => snapshot.tokens.push(*token),
+                    Record::User(user) => snapshot.users.push(*user),
+                    Record::Bundle(bundle) => snapshot.bundles.push(*bundle),
+                    // `decode` has checked that each row is of its table's kind.
+                    Record::BundleRemoved(_) | Record::NodeRemoved(_) => {}
+                }
             }
         }
-        snapshot.awaited = self.awaited(&snapshot)?;
+        // By what the rows say, not by the order in which an index gave them.
+        snapshot.jobs.sort_by_key(|job| job.id);
+        snapshot.tasks.sort_by_key(|task| (task.job, task.index));
+        snapshot.attempts.sort_by_key(|attempt| attempt.id);
+        snapshot.nodes.sort_by_key(|node| node.id);
+        snapshot.bundles.sort_by_key(|bundle| bundle.id);
+        snapshot.tokens.sort_by_key(|token| token.id);
+        snapshot
+            .users
+            .sort_by(|one, other| one.name.cmp(&other.name));
+        snapshot.tokens.retain(|token| token.expires_at > now);
+        let jobs = &snapshot.jobs;
+        snapshot
+            .tasks
+            .retain(|task| jobs.binary_search_by_key(&task.job, |job| job.id).is_ok());
+        snapshot.requests = self.requests(&meta, requests_since, &snapshot.jobs)?;
+        snapshot.awaited = awaited(&meta, &snapshot);
         Ok(Loaded {
             snapshot,
-            sequence: Sequence(meta.sequence),
+            sequence: meta.last(),
         })
     }
 
-    /// After a restored backup the nodes of it that may run something, until they were heard of.
-    fn awaited(&self, snapshot: &Snapshot) -> Result<BTreeSet<NodeId>, StoreError> {
-        let query = "SELECT COUNT(*) FROM restores WHERE reconciled = 0";
-        let restored: u64 = self
-            .transaction
-            .query_row(query, [], |row| row.get(0))
-            .map_err(|source| self.failed(source))?;
-        if restored == 0 {
-            return Ok(BTreeSet::new());
-        }
-        let there = snapshot
-            .nodes
+    /// Every submission since a time. No job of that time may be missing: a retry would make a second one.
+    fn requests(
+        &self,
+        meta: &Meta,
+        since: Timestamp,
+        live: &[JobRecord],
+    ) -> Result<Vec<RememberedRequest>, StoreError> {
+        let mut requests: Vec<RememberedRequest> = live
             .iter()
-            .filter(|node| node.incarnation.0 > 0 && node.availability != NodeAvailability::Lost);
-        Ok(there.map(|node| node.id).collect())
-    }
-
-    fn requests(&self, since: Timestamp) -> Result<Vec<RememberedRequest>, StoreError> {
-        let error = |source| self.failed(source);
-        let query = "SELECT id, user, request_id, request_digest, submitted_at FROM jobs WHERE submitted_at >= ?1";
-        let mut statement = self.transaction.prepare_cached(query).map_err(error)?;
-        let mut rows = statement.query([time(since)]).map_err(error)?;
-        let mut requests = Vec::new();
-        while let Some(row) = rows.next().map_err(error)? {
-            let job = JobId(row.get(0).map_err(error)?);
-            let digest: Vec<u8> = row.get(3).map_err(error)?;
-            requests.push(RememberedRequest {
-                owner: self.parsed(job, &row.get::<_, String>(1).map_err(error)?)?,
-                request_id: self.parsed(job, &row.get::<_, String>(2).map_err(error)?)?,
-                digest: Digest::try_from(digest.as_slice())
-                    .map_err(|bad| self.corrupt("jobs", job, bad))?,
-                job,
-                at: Timestamp(row.get(4).map_err(error)?),
-            });
+            .filter(|job| job.submitted_at >= since)
+            .map(remembered)
+            .collect();
+        let over = self.job_records("WHERE live <> 1 AND submitted_at >= ?1", &[time(since)])?;
+        requests.extend(over.iter().map(remembered));
+        requests.sort_by_key(|request| request.job);
+        // A column that was damaged makes a job live and over; its row says what it is.
+        requests.dedup_by_key(|request| request.job);
+        let mut known = BTreeSet::new();
+        known.extend(live.iter().map(|job| job.id));
+        known.extend(requests.iter().map(|request| request.job));
+        // From the last job to the one before the first of that time.
+        let first = requests.first().map_or(meta.next_job, |first| first.job.0);
+        let mut next = meta.next_job;
+        while next > 1 {
+            next -= 1;
+            if known.contains(&JobId(next)) {
+                continue;
+            }
+            if let Some(gap) = self.gap_around(next)? {
+                next = gap;
+                continue;
+            }
+            let Some(job) = self.job_records("WHERE id = ?1", &[id(next)])?.pop() else {
+                return Err(self.corrupt("jobs", JobId(next), "it is missing"));
+            };
+            if job.submitted_at >= since {
+                let reason = "it is missing among the jobs of its time";
+                return Err(self.corrupt("jobs", job.id, reason));
+            }
+            if next < first {
+                break;
+            }
         }
         Ok(requests)
     }
 
-    fn parsed<T: FromStr<Err: std::fmt::Display>>(
-        &self,
-        job: JobId,
-        text: &str,
-    ) -> Result<T, StoreError> {
-        text.parse().map_err(|bad| self.corrupt("jobs", job, bad))
+    /// The first of the ids around this one that were never given, if it is one.
+    fn gap_around(&self, job: u64) -> Result<Option<u64>, StoreError> {
+        let query = "SELECT first, last FROM gaps WHERE first <= ?1 ORDER BY first DESC LIMIT 1";
+        let mut statement = self
+            .transaction
+            .prepare_cached(query)
+            .map_err(|source| self.failed(source))?;
+        let found: Option<(u64, u64)> = statement
+            .query_row([id(job)], |row| Ok((row.get(0)?, row.get(1)?)))
+            .optional()
+            .map_err(|source| self.failed(source))?;
+        Ok(found
+            .filter(|(_, last)| *last >= job)
+            .map(|(first, _)| first))
     }
 
     pub(super) fn history(&self, job: JobId) -> Result<Option<JobHistory>, StoreError> {
@@ -358,7 +410,8 @@ impl Reader<'_> {
         Ok(last - after.0)
     }
 
-    pub(super) fn check(&self) -> Result<CheckReport, StoreError> {
+    /// Reads everything; with `tallied` also whether all rows are there.
+    pub(super) fn check_all(&self, meta: &Meta, tallied: bool) -> Result<CheckReport, StoreError> {
         let verdict: String = self
             .transaction
             .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
@@ -366,23 +419,36 @@ impl Reader<'_> {
         if verdict != "ok" {
             return Err(self.corrupt("(any)", "(unknown)", verdict));
         }
-        let meta = self.meta()?;
-        let mut rows = 0;
-        for table in &TABLES {
-            rows += self.check_table(table)?;
+        let (mut rows, mut tallies) = (0, meta::Tallies::default());
+        for (index, table) in TABLES.iter().enumerate() {
+            rows += self.check_table(index, table, &mut tallies)?;
         }
-        let transitions = self.check_chain(&meta, Sequence(0))?;
+        for (index, table) in TABLES.iter().enumerate().filter(|_| tallied) {
+            self.compare(table, tallies.live[index], meta.tallies.live[index])?;
+            self.compare(table, tallies.rest[index], meta.tallies.rest[index])?;
+        }
+        let transitions = self.check_chain(meta, Sequence(0))?;
         Ok(CheckReport {
             rows,
             transitions,
-            sequence: Sequence(meta.sequence),
+            sequence: meta.last(),
         })
     }
 
+    pub(super) fn check(&self) -> Result<CheckReport, StoreError> {
+        self.check_all(&self.meta()?, true)
+    }
+
     /// Decodes every row of a table, without keeping them.
-    fn check_table(&self, table: &Table) -> Result<u64, StoreError> {
+    fn check_table(
+        &self,
+        index: usize,
+        table: &Table,
+        tallies: &mut meta::Tallies,
+    ) -> Result<u64, StoreError> {
         let error = |source| self.failed(source);
-        let query = format!("SELECT {}, row FROM {}", table.key, table.name);
+        let flag = meta::flag_of(table.name);
+        let query = format!("SELECT {}, row, {flag} FROM {}", table.key, table.name);
         let mut statement = self.transaction.prepare_cached(&query).map_err(error)?;
         let mut rows = statement.query([]).map_err(error)?;
         let mut count = 0;
@@ -390,10 +456,34 @@ impl Reader<'_> {
             let key: String = row.get(0).map_err(error)?;
             let bytes = row.get_ref(1).map_err(error)?.as_blob();
             let bytes = bytes.map_err(|bad| self.corrupt(table.name, &key, bad))?;
-            decode(self.file, table.name, &key, bytes)?;
+            let (_, record) = decode(self.file, table.name, &key, bytes)?;
+            let live: bool = row.get(2).map_err(error)?;
+            if live != meta::is_live(&record) {
+                let reason = "its columns do not say what its row says";
+                return Err(self.corrupt(table.name, key, reason));
+            }
+            tallies.of(index, live).add(bytes);
             count += 1;
         }
         Ok(count)
+    }
+}
+
+/// After a restored backup the nodes of it that may run something, until they were heard of.
+fn awaited(meta: &Meta, snapshot: &Snapshot) -> BTreeSet<NodeId> {
+    let there = snapshot.nodes.iter().filter(|node| {
+        meta.awaiting && node.incarnation.0 > 0 && node.availability != NodeAvailability::Lost
+    });
+    there.map(|node| node.id).collect()
+}
+
+fn remembered(job: &JobRecord) -> RememberedRequest {
+    RememberedRequest {
+        owner: job.owner.clone(),
+        request_id: job.request_id.clone(),
+        digest: job.request_digest,
+        job: job.id,
+        at: job.submitted_at,
     }
 }
 

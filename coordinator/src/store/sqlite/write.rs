@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use rusqlite::{Connection, Transaction, TransactionBehavior, params};
-use trainyard_common::ids::{Sequence, Term};
+use rusqlite::{Connection, ToSql, Transaction, TransactionBehavior, params};
+use trainyard_common::ids::{BundleRef, Term};
 use trainyard_common::record::{AttemptRecord, JobRecord, Record, TaskRecord, TokenRecord};
 use trainyard_common::state::AttemptState;
 use trainyard_common::time::Timestamp;
 
-use super::{Meta, StoreError, chain, codec, failed, kind_and_key, read_meta};
+use super::meta::{self, Meta, is_live, table_of};
+use super::{StoreError, chain, codec, failed, kind_and_key, schema};
 
 pub(super) struct Batch<'a> {
     pub(super) term: Term,
@@ -26,15 +27,16 @@ pub(super) fn id(id: u64) -> i64 {
     i64::try_from(id).unwrap_or(i64::MAX)
 }
 
+/// Writes a batch; gives the numbers as they became.
 pub(super) fn commit(
     connection: &Connection,
     file: &Path,
     batch: Batch<'_>,
-) -> Result<Sequence, StoreError> {
+) -> Result<Meta, StoreError> {
     let error = |source| failed("commit to", file, source);
     let transaction =
         Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(error)?;
-    let mut meta = read_meta(&transaction).map_err(error)?;
+    let mut meta = meta::read(&transaction, file)?;
     if meta.term != batch.term {
         return Err(StoreError::Fenced {
             mine: batch.term,
@@ -43,29 +45,85 @@ pub(super) fn commit(
     }
     for record in batch.records {
         let row = codec::encode(batch.at, record);
+        retally(&transaction, &mut meta, record, &row).map_err(error)?;
         upsert(&transaction, record, &row).map_err(error)?;
         append(&transaction, &mut meta, batch.at, record, &row).map_err(error)?;
+        if let Record::Job(job) = record {
+            // Only ids that were never given: the core gives them one by one.
+            schema::add_gap(&transaction, meta.next_job, job.id.0).map_err(error)?;
+        }
         raise_marks(&mut meta, record);
     }
-    transaction
-        .prepare_cached(
-            "UPDATE meta SET sequence = ?1, chain = ?2, next_job = ?3, next_node = ?4, next_token = ?5",
-        )
-        .and_then(|mut update| {
-            update.execute(params![
-                id(meta.sequence),
-                meta.chain,
-                id(meta.next_job),
-                meta.next_node,
-                id(meta.next_token)
-            ])
-        })
-        .map_err(error)?;
+    meta.commits += 1;
+    meta::write(&transaction, &meta).map_err(error)?;
     transaction.commit().map_err(error)?;
-    Ok(Sequence(meta.sequence))
+    Ok(meta)
 }
 
-fn append(
+/// Takes the row as it was out of its table's tally, and adds it as it becomes.
+fn retally(
+    transaction: &Transaction<'_>,
+    meta: &mut Meta,
+    record: &Record,
+    row: &[u8],
+) -> rusqlite::Result<()> {
+    let table = table_of(record);
+    let tallies = &mut meta.tallies;
+    let mut old = |query: &str, key: &[&dyn ToSql]| -> rusqlite::Result<()> {
+        let mut statement = transaction.prepare_cached(query)?;
+        let mut rows = statement.query(key)?;
+        if let Some(found) = rows.next()? {
+            let live = found.get(0)?;
+            tallies
+                .of(table, live)
+                .remove(found.get_ref(1)?.as_blob().unwrap_or_default());
+        }
+        Ok(())
+    };
+    match record {
+        Record::Job(job) => old("SELECT live, row FROM jobs WHERE id = ?1", &[&id(job.id.0)])?,
+        Record::Task(task) => old(
+            "SELECT live, row FROM tasks WHERE job = ?1 AND task = ?2",
+            &[&id(task.job.0), &task.index.0],
+        )?,
+        Record::Attempt(attempt) => old(
+            "SELECT open, row FROM attempts WHERE job = ?1 AND task = ?2 AND attempt = ?3",
+            &[
+                &id(attempt.id.job.0),
+                &attempt.id.task.0,
+                &attempt.id.attempt.0,
+            ],
+        )?,
+        Record::Bundle(bundle) => old_bundle(bundle.id, &mut old)?,
+        Record::BundleRemoved(bundle) => old_bundle(*bundle, &mut old)?,
+        Record::Node(node) => old("SELECT 1, row FROM nodes WHERE id = ?1", &[&node.id.0])?,
+        Record::NodeRemoved(node) => old("SELECT 1, row FROM nodes WHERE id = ?1", &[&node.0])?,
+        Record::Token(token) => old(
+            "SELECT usable, row FROM tokens WHERE id = ?1",
+            &[&id(token.id.0)],
+        )?,
+        Record::User(user) => old(
+            "SELECT 1, row FROM users WHERE name = ?1",
+            &[&user.name.as_str()],
+        )?,
+    }
+    if !matches!(record, Record::BundleRemoved(_) | Record::NodeRemoved(_)) {
+        tallies.of(table, is_live(record)).add(row);
+    }
+    Ok(())
+}
+
+fn old_bundle(
+    bundle: BundleRef,
+    old: &mut impl FnMut(&str, &[&dyn ToSql]) -> rusqlite::Result<()>,
+) -> rusqlite::Result<()> {
+    old(
+        "SELECT 1, row FROM bundles WHERE job = ?1 AND bundle = ?2",
+        &[&id(bundle.job.0), &bundle.bundle],
+    )
+}
+
+pub(super) fn append(
     transaction: &Transaction<'_>,
     meta: &mut Meta,
     at: Timestamp,
@@ -88,7 +146,7 @@ fn append(
     Ok(())
 }
 
-fn raise_marks(meta: &mut Meta, record: &Record) {
+pub(super) fn raise_marks(meta: &mut Meta, record: &Record) {
     match record {
         Record::Job(job) => meta.next_job = meta.next_job.max(job.id.0.saturating_add(1)),
         Record::Node(node) => meta.next_node = meta.next_node.max(node.id.0.saturating_add(1)),
@@ -102,7 +160,11 @@ fn raise_marks(meta: &mut Meta, record: &Record) {
     }
 }
 
-fn upsert(transaction: &Transaction<'_>, record: &Record, row: &[u8]) -> rusqlite::Result<()> {
+pub(super) fn upsert(
+    transaction: &Transaction<'_>,
+    record: &Record,
+    row: &[u8],
+) -> rusqlite::Result<()> {
     match record {
         Record::Job(job) => upsert_job(transaction, job, row),
         Record::Task(task) => upsert_task(transaction, task, row),

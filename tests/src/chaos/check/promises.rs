@@ -1,11 +1,16 @@
 //! The promises about one job, each held against what its ranks wrote down, what its user was told and what can be read of
 //! it now.
 
+use std::path::PathBuf;
+
 use super::super::ledger::{Event, Line, Who, pattern};
 use super::super::output;
-use super::super::plan::Kind;
+use super::super::plan::{Kind, Policy};
+use super::super::timing;
+use super::super::trouble::Troubles;
 use super::super::world::{As, World};
-use super::{Attempt, COMMAND, Case, Exit, Findings, is_over};
+use super::{Attempt, COMMAND, Case, Exit, Findings, GangStop, is_over};
+use crate::Ran;
 
 /// Each rank of each attempt is started once at most, and only of attempts that are known.
 pub(super) fn starts(case: &Case<'_>, findings: &mut Findings) {
@@ -31,7 +36,8 @@ pub(super) fn attempts(case: &Case<'_>, findings: &mut Findings) {
         // Of a gang, one member may fail when it is told to go, and others have gone already.
         let unsaid = match attempt.reason.as_str() {
             "PREPARE_FAILED" => case.job.ranks == 1,
-            "PREPARE_TIMEOUT" => true,
+            // One of a single node begins without a word of the coordinator's, and its own may come too late.
+            "PREPARE_TIMEOUT" => case.job.ranks > 1,
             _ => false,
         };
         if ran && unsaid {
@@ -53,6 +59,25 @@ pub(super) fn attempts(case: &Case<'_>, findings: &mut Findings) {
                 "task {task} of j{} is {state} after {failed} failures of its own; {allowed} were allowed",
                 case.id
             ));
+        }
+    }
+}
+
+/// The number of an attempt is its epoch: of a task, each one that begins has a higher one than those before.
+pub(super) fn epochs(case: &Case<'_>, findings: &mut Findings) {
+    for (who, life) in &case.lives {
+        let newer = case
+            .lives
+            .iter()
+            .filter(|(other, _)| other.task == who.task && other.attempt > who.attempt);
+        for (other, _) in newer.filter(|(_, newer)| newer.start < life.start) {
+            if case.is_unconfirmed(*who) {
+                findings.allow("ranks of attempts given up as unconfirmed that began late");
+            } else {
+                findings
+                    .broken
+                    .push(format!("{who} began after {other}, of a later attempt"));
+            }
         }
     }
 }
@@ -83,6 +108,36 @@ pub(super) fn overlaps(case: &Case<'_>, findings: &mut Findings) {
                 findings
                     .broken
                     .push(format!("{later} began before {who} had ended"));
+            }
+        }
+    }
+}
+
+/// A node that is away for longer than a lease ends the ranks of the policy `stop` by itself.
+pub(super) fn leases(case: &Case<'_>, troubles: &Troubles, findings: &mut Findings) {
+    if case.job.policy != Policy::Stop || case.job.ranks != 1 {
+        return;
+    }
+    for attempt in &case.attempts {
+        let Some(life) = case.life(attempt, 0) else {
+            continue;
+        };
+        for from in troubles.long(&attempt.agents) {
+            let Some((end, code)) = life.end.filter(|(end, _)| life.start < from && *end > from)
+            else {
+                continue;
+            };
+            if end > from + timing::LEASE_OVER {
+                findings.broken.push(format!(
+                    "j{}.{}.{} ended with {code} {:?} after its node was gone, with a lease of {:?}",
+                    case.id,
+                    attempt.task,
+                    attempt.number,
+                    end.saturating_sub(from),
+                    timing::LOST
+                ));
+            } else if attempt.reason == "LEASE_EXPIRED" {
+                findings.allow("ranks that their node ended at the end of its lease");
             }
         }
     }
@@ -179,7 +234,8 @@ pub(super) fn codes(case: &Case<'_>, findings: &mut Findings) {
 /// The job ended in a way that its kind can end.
 pub(super) fn verdict(case: &Case<'_>, findings: &mut Findings) {
     let job = case.job;
-    let gave_up = case.state == "FAILED" && case.reason == "INFRASTRUCTURE_GAVE_UP";
+    let gave_up = case.state == "FAILED"
+        && ["INFRASTRUCTURE_GAVE_UP", "RETRY_BUDGET_SPENT"].contains(&case.reason.as_str());
     let of_its_own = matches!(job.kind, Kind::Fails | Kind::GangFails | Kind::Training)
         && case.state == "FAILED"
         && case.exit == Some(Exit::Code(job.code));
@@ -246,7 +302,8 @@ pub(super) fn cancels(case: &Case<'_>, lines: &[Line], findings: &mut Findings) 
     }
 }
 
-pub(super) fn gang_stop(case: &Case<'_>, findings: &mut Findings) {
+/// How long it took from the failure of a gang's rank until its other ranks had ended.
+pub(super) fn gang_stop(case: &Case<'_>, troubles: &Troubles, findings: &mut Findings) {
     if case.job.kind != Kind::GangFails {
         return;
     }
@@ -262,7 +319,10 @@ pub(super) fn gang_stop(case: &Case<'_>, findings: &mut Findings) {
             .map(|(at, _)| at);
         let last = ends.map(|(at, _)| at).max();
         if let (Some(failed), Some(last)) = (failed, last) {
-            findings.gang_stops.push(last.saturating_sub(failed));
+            findings.gang_stops.push(GangStop {
+                took: last.saturating_sub(failed),
+                disturbed: troubles.met(failed, last, &attempt.agents),
+            });
         }
     }
 }
@@ -325,14 +385,8 @@ pub(super) fn logs(world: &World, case: &Case<'_>, findings: &mut Findings) {
     }
 }
 
-pub(super) fn outputs(world: &World, case: &Case<'_>, findings: &mut Findings) {
-    let Some(attempt) = case
-        .attempts
-        .iter()
-        .find(|attempt| attempt.outcome == "SUCCEEDED")
-    else {
-        return;
-    };
+/// Brings the outputs of a job, and says where to.
+pub(super) fn fetch(world: &World, case: &Case<'_>) -> (Ran, PathBuf) {
     let (job, to) = (
         format!("j{}", case.id),
         world.base().join(format!("fetched/j{}", case.id)),
@@ -342,6 +396,15 @@ pub(super) fn outputs(world: &World, case: &Case<'_>, findings: &mut Findings) {
         &["outputs", &job, "--to", &to.display().to_string()],
         COMMAND,
     );
+    (ran, to)
+}
+
+/// Outputs are what the rank left.
+pub(super) fn outputs(world: &World, case: &Case<'_>, findings: &mut Findings) {
+    let Some(attempt) = case.succeeded() else {
+        return;
+    };
+    let (ran, to) = fetch(world, case);
     let who = Who {
         job: case.id,
         task: attempt.task,
@@ -359,7 +422,8 @@ pub(super) fn outputs(world: &World, case: &Case<'_>, findings: &mut Findings) {
         findings.allow("outputs that could not be kept, with a warning");
     } else {
         findings.broken.push(format!(
-            "outputs of {job} are not what it left ({}): {}",
+            "outputs of j{} are not what it left ({}): {}",
+            case.id,
             ran.code,
             ran.stderr.trim()
         ));

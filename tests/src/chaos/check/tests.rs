@@ -1,9 +1,12 @@
 //! The checker has teeth: for each promise a case that keeps it, and one that breaks it.
 
-use super::super::plan::{Cancel, Commands, jobs};
+use super::super::plan::{Cancel, Commands, Policy, jobs};
 use super::super::rng::Rng;
+use super::super::script::Fault;
 use super::super::users::Cancelled;
-use super::promises::{attempts, cancels, codes, overlaps, starts, successes, verdict};
+use super::promises::{
+    attempts, cancels, codes, epochs, gang_stop, leases, overlaps, starts, successes, verdict,
+};
 use super::*;
 
 const AT: fn(u64) -> Duration = Duration::from_millis;
@@ -14,13 +17,14 @@ fn planned(kind: Kind) -> Accepted {
         witness: "w".as_ref(),
         ledger: "l".as_ref(),
         nodes: 3,
+        node_mib: 100,
     };
-    let drawn = jobs(&mut Rng::new(1), 300, Duration::from_secs(1), &commands);
+    let drawn = jobs(&mut Rng::new(1), 300, AT(1000), &[AT(0)], &commands);
     let job = drawn.into_iter().find(|job| job.kind == kind).unwrap();
     Accepted {
         job: Job {
             cancel: None,
-            flags: Vec::new(),
+            policy: Policy::Replace,
             ..job
         },
         id: 9,
@@ -46,6 +50,7 @@ fn attempt(number: u32, state: &str, outcome: &str, ranks: &[(u32, Exit)]) -> At
         reason: String::new(),
         message: String::new(),
         ranks: ranks.iter().copied().collect(),
+        agents: vec![0],
         warned: false,
     }
 }
@@ -77,6 +82,7 @@ fn succeeded(accepted: &Accepted) -> Case<'_> {
 fn broken(case: &Case<'_>, lines: &[Line]) -> Vec<String> {
     let mut findings = Findings::default();
     starts(case, &mut findings);
+    epochs(case, &mut findings);
     attempts(case, &mut findings);
     overlaps(case, &mut findings);
     successes(case, &mut findings);
@@ -128,13 +134,97 @@ fn attempts_that_overlap_are_found_unless_the_first_was_given_up() {
     case.attempts[0].reason = "NODE_LOST".to_owned();
     case.attempts[0].message = "attempt 1 unconfirmed on n1".to_owned();
     assert_eq!(broken(&case, &[]), [""; 0]);
-    let mut waits = planned(Kind::Short);
-    waits.job.flags = vec!["--on-disconnect".to_owned(), "wait".to_owned()];
-    let case = Case {
-        job: &waits.job,
-        ..case
+    for policy in [Policy::Wait, Policy::Stop] {
+        let mut strict = planned(Kind::Short);
+        strict.job.policy = policy;
+        let case = Case {
+            job: &strict.job,
+            attempts: case.attempts.clone(),
+            lives: case.lives.clone(),
+            ..succeeded(&accepted)
+        };
+        assert_found(&case, "attempt 1 of its task lived");
+    }
+}
+
+#[test]
+fn an_attempt_that_begins_after_a_later_one_is_found() {
+    let accepted = planned(Kind::Short);
+    let mut case = succeeded(&accepted);
+    case.attempts
+        .insert(0, attempt(1, "ENDED", "INTERRUPTED", &[]));
+    case.attempts[1].number = 2;
+    case.lives = [
+        (who(1, 0), life(50, None)),
+        (who(2, 0), life(20, Some((40, 0)))),
+    ]
+    .into();
+    assert_found(&case, "of a later attempt");
+    case.lives.get_mut(&who(1, 0)).unwrap().start = AT(10);
+    assert_eq!(broken(&case, &[]), [""; 0]);
+}
+
+#[test]
+fn a_gang_that_was_stopped_during_a_fault_of_its_node_is_called_disturbed() {
+    let mut accepted = planned(Kind::GangFails);
+    (accepted.job.ranks, accepted.job.code) = (2, 5);
+    let mut case = succeeded(&accepted);
+    case.attempts = vec![attempt(1, "ENDED", "FAILED", &[])];
+    case.lives = [
+        (who(1, 0), life(10, Some((100, 5)))),
+        (who(1, 1), life(10, Some((130, 143)))),
+    ]
+    .into();
+    let stops = |agent| {
+        let cut = Step {
+            at: AT(90),
+            lasts: AT(20),
+            fault: Fault::Cut { agent },
+        };
+        let mut findings = Findings::default();
+        gang_stop(&case, &Troubles::new(&[cut], AT(0)), &mut findings);
+        findings.gang_stops
     };
-    assert_found(&case, "attempt 1 of its task lived");
+    let (disturbed, calm) = (stops(0), stops(1));
+    assert_eq!((disturbed.len(), calm.len()), (1, 1));
+    assert!(disturbed[0].disturbed && !calm[0].disturbed);
+    assert_eq!(calm[0].took, AT(30));
+}
+
+#[test]
+fn a_rank_that_outlives_the_lease_of_its_node_is_found() {
+    let mut accepted = planned(Kind::Short);
+    accepted.job.policy = Policy::Stop;
+    let cut = Step {
+        at: AT(5000),
+        lasts: timing::LONG,
+        fault: Fault::LongCut { agent: 0 },
+    };
+    let troubles = Troubles::new(&[cut], AT(0));
+    let ended = |at: u64, agents: Vec<usize>| {
+        let mut case = succeeded(&accepted);
+        case.attempts[0].agents = agents;
+        case.lives = [(who(1, 0), life(10, Some((at, 0))))].into();
+        let mut findings = Findings::default();
+        leases(&case, &troubles, &mut findings);
+        findings.broken
+    };
+    assert_eq!(ended(26_000, vec![0]), [""; 0]);
+    assert_eq!(ended(31_000, vec![1]), [""; 0]);
+    assert_eq!(ended(31_000, vec![0]).len(), 1);
+}
+
+#[test]
+fn a_training_with_other_parameters_is_found() {
+    let metrics = |hash: &str| {
+        serde_json::json!({ "world_size": 2, "epochs": 3, "losses": [2.0, 1.0], "test_accuracies": [0.5, 0.9],
+            "params_hash": hash, "resumed": true })
+    };
+    let references = References::of(2, metrics("a"));
+    assert_eq!(references.problem(2, &metrics("a").to_string()), None);
+    for text in [metrics("b").to_string(), String::new(), "{}".to_owned()] {
+        assert!(references.problem(2, &text).is_some(), "{text}");
+    }
 }
 
 #[test]
@@ -227,6 +317,28 @@ fn what_runs_after_a_cancel_is_found() {
         found
             .iter()
             .any(|problem| problem.contains("lived after the cancel")),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn what_outlives_a_cancel_of_a_job_that_is_over_is_found_unless_it_is_labelled() {
+    let accepted = planned(Kind::GangFails);
+    let mut case = succeeded(&accepted);
+    case.attempts = vec![attempt(1, "ENDED", "FAILED", &[(1, Exit::Code(5))])];
+    let cancel = Cancelled {
+        id: 9,
+        at: AT(30),
+        waited: true,
+        state: case.state.clone(),
+        alive: vec![who(1, 0)],
+    };
+    case.cancels = vec![&cancel];
+    assert_found(&case, "lived after the cancel");
+    case.attempts[0].message = "rank 1 on n1 exited with 5; attempt 1 unconfirmed on n2".to_owned();
+    let found = broken(&case, &[]);
+    assert!(
+        !found.iter().any(|problem| problem.contains("lived")),
         "{found:?}"
     );
 }

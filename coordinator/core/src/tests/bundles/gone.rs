@@ -59,6 +59,22 @@ fn a_bundle_that_prepares_for_too_long_is_stopped() {
 }
 
 #[test]
+fn a_bundle_that_a_silent_node_may_run_by_now_is_left_to_the_policy() {
+    let mut env = TestEnv::new();
+    let node = env.node(0);
+    let mut spec = array(10);
+    spec.on_disconnect = OnDisconnect::Wait;
+    env.start(spec);
+    env.cut(node);
+    env.pass(env.config.prepare_timeout * 2);
+    let words = env.words();
+    assert!(
+        !words.iter().any(|word| word.contains("PREPARE_TIMEOUT")),
+        "{words:?}"
+    );
+}
+
+#[test]
 fn a_lost_node_sends_its_tasks_elsewhere_and_later_reports_change_nothing() {
     let mut env = running(100);
     env.tasks(1, "j1.b1", 0, vec![started(0, env.now)]);

@@ -69,7 +69,7 @@ fn ending(now: Timestamp, fate: EndCause, started: bool) -> Ending {
     let exit = match fate {
         EndCause::Completed => ExitStatus::Code(0),
         EndCause::RankFailed => ExitStatus::Code(1),
-        EndCause::Stopped | EndCause::TimeLimit => ExitStatus::Signal(15),
+        EndCause::Stopped | EndCause::TimeLimit | EndCause::LeaseExpired => ExitStatus::Signal(15),
         EndCause::CannotExecute
         | EndCause::PrepareFailed
         | EndCause::SupervisorLost

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use trainyard_common::ids::{AttemptRef, BundleRef, NodeId};
 use trainyard_common::member::{
-    DesiredMember, DesiredPhase, EndCause, Ending, MemberSpec, ObservedMember, ObservedPhase,
-    RankEnd,
+    Cleanup, DesiredMember, DesiredPhase, EndCause, Ending, MemberSpec, ObservedMember,
+    ObservedPhase, RankEnd,
 };
 use trainyard_common::state::ExitStatus;
 use trainyard_common::time::Timestamp;
@@ -57,7 +57,7 @@ impl Member {
     /// Whether processes of it exist.
     pub(super) fn lives(&self) -> bool {
         match self.phase {
-            ObservedPhase::Running { .. } => true,
+            ObservedPhase::Running { .. } | ObservedPhase::CleanupPending(_) => true,
             ObservedPhase::Stopping => self.started,
             ObservedPhase::Preparing
             | ObservedPhase::Ready { .. }
@@ -188,6 +188,21 @@ impl Machine {
                     changed.push(*id);
                     continue;
                 }
+                ObservedPhase::Running { .. } | ObservedPhase::Stopping
+                    if member.started && rng.below(100) < 10 =>
+                {
+                    member.next = Some(now.after(rng.seconds(60)));
+                    ObservedPhase::CleanupPending(Cleanup {
+                        ending: end(now, member, rng),
+                        left: Vec::new(),
+                        more: 1,
+                    })
+                }
+                // How its ranks ended is on record.
+                ObservedPhase::CleanupPending(cleanup) => {
+                    member.next = Some(now.after(rng.seconds(3)));
+                    ObservedPhase::Uploading(cleanup.ending.clone())
+                }
                 ObservedPhase::Preparing
                 | ObservedPhase::Running { .. }
                 | ObservedPhase::Stopping => {
@@ -223,6 +238,7 @@ impl Machine {
                 ObservedPhase::Preparing
                 | ObservedPhase::Ready { .. }
                 | ObservedPhase::Running { .. }
+                | ObservedPhase::CleanupPending(_)
                 | ObservedPhase::Stopping => {
                     member.fate = EndCause::NodeRebooted;
                     member.phase = ObservedPhase::Ended(end(now, member, rng));
@@ -249,7 +265,9 @@ fn end(now: Timestamp, member: &Member, rng: &mut Rng) -> Ending {
     let exit = |rank: u32| match member.fate {
         EndCause::Completed => ExitStatus::Code(0),
         EndCause::RankFailed if rank == failing => ExitStatus::Code(1),
-        EndCause::RankFailed | EndCause::Stopped | EndCause::TimeLimit => ExitStatus::Signal(15),
+        EndCause::RankFailed | EndCause::Stopped | EndCause::TimeLimit | EndCause::LeaseExpired => {
+            ExitStatus::Signal(15)
+        }
         EndCause::SupervisorLost
         | EndCause::NodeRebooted
         | EndCause::PrepareFailed

@@ -4,7 +4,7 @@
 //! downtime is nobody's fault.
 
 use trainyard_common::ids::AttemptRef;
-use trainyard_common::member::ObservedPhase;
+use trainyard_common::member::{Cleanup, ObservedPhase};
 use trainyard_common::record::{AttemptRecord, BundleState, Record};
 use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{AttemptState, NodeAvailability, Outcome};
@@ -18,7 +18,8 @@ impl World {
             ObservedPhase::Ready { .. } => {
                 self.ever_ready.insert((id, member.spec.node_rank));
             }
-            ObservedPhase::Uploading(ending) => {
+            ObservedPhase::CleanupPending(Cleanup { ending, .. })
+            | ObservedPhase::Uploading(ending) => {
                 let zero = ending.ranks.iter().filter(|end| end.exit.is_success());
                 self.succeeded.extend(zero.map(|end| (id, end.rank)));
             }

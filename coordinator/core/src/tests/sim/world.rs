@@ -432,6 +432,7 @@ impl World {
                 opening: 0,
                 boot_id: format!("boot-{}", machine.boot),
                 agent_version: "1".into(),
+                last_words: String::new(),
                 address: format!("10.0.0.{}", machine.node.0),
                 inventory: inventory(&format!("m{}", machine.node.0), 4),
                 observed: machine.observed(),
@@ -480,6 +481,7 @@ impl World {
             ObservedPhase::Preparing
             | ObservedPhase::Ready { .. }
             | ObservedPhase::Stopping
+            | ObservedPhase::CleanupPending(_)
             | ObservedPhase::Uploading(_)
             | ObservedPhase::Ended(_) => false,
         }
