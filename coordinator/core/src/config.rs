@@ -77,8 +77,14 @@ pub(crate) const MAX_PLACEMENTS_PER_ROUND: usize = 1000;
 /// that are no more here.
 pub(crate) const MAX_BUNDLES_PER_NODE: usize = 192;
 
-/// Jobs behind a blocked head that are told in one round that they wait. Those further back keep the reason they have.
+/// Jobs behind a blocked head, or at all while no node is open, that are told in one round that they wait. Those further
+/// back keep the reason they have.
 pub(crate) const BEHIND_TOLD: usize = 1000;
+
+/// Rows that one round changes only to say anew why their jobs wait; the next round goes on. Each is written, and whoever
+/// submits meanwhile waits for that: so many take a few tens of milliseconds. More than [`BEHIND_TOLD`], so that one round
+/// is enough for those.
+pub(crate) const MAX_TOLD_PER_ROUND: usize = 2000;
 
 /// Of those, the first ones are told by name which job they wait for. Few, because they are told again whenever that
 /// job changes; the others get a sentence that stays true.

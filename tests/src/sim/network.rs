@@ -299,7 +299,6 @@ impl World {
 
     /// The agent's end of a connection goes. The coordinator may learn of it at once, late, or by silence only.
     pub(crate) fn agent_side_ends(&mut self, id: u64) {
-        let number = self.coordinator.number;
         let Some(conn) = self.conns.get_mut(&id) else {
             return;
         };
@@ -308,6 +307,8 @@ impl World {
         }
         conn.agent_side = false;
         conn.down.clear();
+        // What comes late comes to the process that had the connection; the next one gives its numbers out anew.
+        let number = conn.coordinator;
         let (session, host) = (conn.session, conn.host);
         let cut = self.hosts[host].line.up_cut_until;
         let orderly = self.rng.chance(500) && cut <= self.now;

@@ -4,6 +4,7 @@
 use trainyard_common::ids::NodeId;
 use trainyard_common::limits;
 use trainyard_common::record::AttemptRecord;
+use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{AttemptState, JobState, MemberPhase};
 
 use super::world::World;
@@ -21,9 +22,31 @@ impl World {
         self.see("attempt over with cleanup pending");
         let key = (id.job, id.task);
         let task = self.typed().tasks.get(&key).map(|task| task.state);
-        self.holds("I2", task.is_none_or(JobState::is_terminal), || {
+        let over = task.is_none_or(JobState::is_terminal);
+        if !over && self.is_gone_with_its_nodes(attempt) {
+            self.see("attempt with cleanup pending given up");
+            return self.check_brake(&id);
+        }
+        self.holds("I2", over, || {
             format!("processes of {id} are left and its task is {task:?}")
         });
+    }
+
+    /// Whether time may give such an attempt up as any other one: nobody asked for a lease or to wait, and every node with
+    /// something left was silent for as long as that takes.
+    fn is_gone_with_its_nodes(&self, attempt: &AttemptRecord) -> bool {
+        let job = self.typed().jobs.get(&attempt.id.job);
+        let replaces = job.is_none_or(|job| job.spec.on_disconnect == OnDisconnect::Replace);
+        let config = &self.swarm.config;
+        let limit = match attempt.members.len() {
+            0 | 1 => config.lost_after,
+            _ => config.lost_after_gang,
+        };
+        let mut open = attempt
+            .members
+            .iter()
+            .filter(|m| m.phase < MemberPhase::Uploading);
+        replaces && attempt.lease.is_none() && open.all(|m| self.was_silent(m.node, limit))
     }
 
     /// Nothing new comes on a node with processes that outlive SIGKILL.

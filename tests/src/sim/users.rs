@@ -331,7 +331,9 @@ impl World {
                 self.see("operator who did not look refused");
             }
             (ask @ (Ask::Remove { node } | Ask::ConfirmLost { node }), Err(refusal)) => {
-                let own = self.hosts.iter().any(|host| host.node == Some(node));
+                // Copies of a machine are nobody's, and some of them are scrapped by now.
+                let mut machines = self.hosts.iter().take(self.swarm.hosts);
+                let own = machines.any(|host| host.node == Some(node));
                 if !own && refusal.code == ErrorCode::FailedPrecondition {
                     // The machine is no more, so it will be true soon.
                     if let Ask::Remove { node } = ask {

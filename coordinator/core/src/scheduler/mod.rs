@@ -23,7 +23,7 @@ use self::explain::Impossible;
 use self::placement::{Bounds, Placement, Plan, Verdict, fits_empty, solve, suits};
 use self::problem::{Demand, GpuView, Group, Models, NodeView, Reach, Which};
 use crate::Core;
-use crate::config::{BEHIND_NAMED, BEHIND_TOLD, MAX_PLACEMENTS_PER_ROUND};
+use crate::config::{BEHIND_NAMED, BEHIND_TOLD, MAX_PLACEMENTS_PER_ROUND, MAX_TOLD_PER_ROUND};
 use crate::effect::{Effect, Urgency};
 use crate::gang;
 use crate::sessions::was_seen;
@@ -364,10 +364,12 @@ impl Core {
         Some(())
     }
 
-    /// Tells each job that waits why, if that changed.
+    /// Tells each job that waits why, if that changed. What is beyond the bound of a round is told in the next one.
     fn explain(&mut self, plan: &Plan, sight: Sight<'_>) {
         // A retry and the fresh tasks of a job have the same demand; the first that waits speaks for the job.
         let mut told: BTreeSet<JobId> = BTreeSet::new();
+        let mut impossible = BTreeMap::new();
+        let mut changed = 0;
         for (id, demand, verdict) in &plan.verdicts {
             let Some(job) = self.t.jobs.get(id) else {
                 continue;
@@ -379,11 +381,26 @@ impl Core {
             if job.tasks.active > 0 {
                 continue;
             }
-            let reason = self.reason(job, demand, verdict, sight);
-            if job.reason != reason
-                && let Some(job) = self.t.job_mut(*id)
-            {
-                job.reason = reason;
+            let made;
+            let reason = if *verdict == Verdict::Infeasible {
+                // Worked out once for all jobs that ask for the same: it goes through every node.
+                let make = || self.infeasible_reason(&job.spec, demand, sight);
+                let asked = asked(&job.spec, demand);
+                &*impossible.entry(asked).or_insert_with(make)
+            } else {
+                made = self.reason(job, demand, verdict, sight);
+                &made
+            };
+            if job.reason == *reason {
+                continue;
+            }
+            if changed == MAX_TOLD_PER_ROUND {
+                self.wants_schedule = true;
+                return;
+            }
+            changed += 1;
+            if let Some(job) = self.t.job_mut(*id) {
+                job.reason = reason.clone();
             }
         }
     }
@@ -518,6 +535,16 @@ impl Core {
 
 /// Nodes named beside what a job lacks because they could not prepare lately.
 const TROUBLES_NAMED: usize = 2;
+
+/// What the sentence about a job that cannot fit is made of beside the nodes.
+fn asked(spec: &JobSpec, demand: &Demand) -> (Demand, Option<String>, Option<u64>, Vec<String>) {
+    (
+        demand.clone(),
+        spec.gpu_type.clone(),
+        spec.gpu_memory_bytes,
+        spec.targets.clone(),
+    )
+}
 
 /// What a round saw, to explain from.
 #[derive(Clone, Copy)]

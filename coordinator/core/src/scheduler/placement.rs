@@ -57,7 +57,7 @@ pub(crate) struct Plan {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     pub(crate) placements: usize,
-    /// Groups looked at behind a blocked head.
+    /// Groups looked at behind a blocked head, or while no node is open.
     pub(crate) behind: usize,
 }
 
@@ -71,6 +71,8 @@ pub(crate) fn solve(
     let mut feasible: BTreeMap<Demand, bool> = BTreeMap::new();
     let mut head: Option<JobId> = None;
     let mut behind = 0;
+    // Nothing gets a place then, so that no job further back has to be looked at for one.
+    let all_closed = nodes.iter().all(|node| !node.open);
     for group in groups {
         let could = *feasible
             .entry(group.demand.clone())
@@ -96,7 +98,7 @@ pub(crate) fn solve(
             head = Some(group.job);
             plan.reached = head;
         }
-        if head.is_some() {
+        if head.is_some() || all_closed {
             behind += 1;
         }
         plan.verdicts.push((group.job, group.demand, verdict));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use trainyard_common::ids::{JobId, NodeId, TaskIndex};
 use trainyard_common::member::{Cleanup, EndCause, Ending, LeftProcess, ObservedPhase};
+use trainyard_common::spec::OnDisconnect;
 use trainyard_common::state::{AttemptState, ExitStatus, MemberPhase, ReasonCode};
 
 use crate::config::Config;
@@ -117,6 +118,39 @@ fn a_retry_waits_for_processes_that_outlive_sigkill_and_says_so() {
         words.iter().any(|word| word.contains("start j1.0.2")),
         "{words:?}"
     );
+}
+
+/// Whether attempt 2 starts while what attempt 1 left is on a node that is silent for this long.
+fn tried_again_beside(policy: OnDisconnect, silence: Duration) -> bool {
+    let mut env = TestEnv::new();
+    env.node(0);
+    let mut spec = job_spec();
+    spec.retries = 1;
+    spec.on_disconnect = policy;
+    env.start(spec);
+    env.run("j1.0.1", &[1]);
+    env.node(0);
+    env.report(1, "j1.0.1", 0, left(failed(3)));
+    env.cut(NodeId(1));
+    env.pass(silence);
+    env.schedule();
+    env.words().iter().any(|word| word.contains("start j1.0.2"))
+}
+
+#[test]
+fn only_without_a_lease_time_gives_up_what_is_left_on_a_silent_node() {
+    let lost_after = Config::default().lost_after;
+    let second = Duration::from_secs(1);
+    assert!(!tried_again_beside(
+        OnDisconnect::Replace,
+        lost_after - second
+    ));
+    assert!(tried_again_beside(
+        OnDisconnect::Replace,
+        lost_after + second
+    ));
+    assert!(!tried_again_beside(OnDisconnect::Wait, 10 * lost_after));
+    assert!(!tried_again_beside(OnDisconnect::Stop, 10 * lost_after));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use trainyard_common::record::Target;
 use trainyard_common::spec::{Array, JobSpec, Launcher};
 use trainyard_common::state::JobState;
 
+use crate::config::{BEHIND_TOLD, MAX_TOLD_PER_ROUND};
 use crate::effect::Effect;
 use crate::event::{Event, Registration};
 use crate::testing::{TestEnv, attempt, completed, gpu_spec, job_spec, user};
@@ -142,6 +143,57 @@ fn gpus_are_taken_from_one_numa_node_with_the_fewest_to_spare() {
     assert_eq!(gpus_of(&env, "j3.0.1"), ["GPU-m1-3"]);
     env.start(gpu_spec(1, 2));
     assert_eq!(gpus_of(&env, "j4.0.1"), ["GPU-m1-6", "GPU-m1-7"]);
+}
+
+/// A start with so many jobs like the first one in the queue: no agent is in session yet.
+fn restart_with(env: &mut TestEnv, spec: JobSpec, jobs: u64) {
+    env.submit("alice", "r1", spec);
+    let first = env.store.jobs[&JobId(1)].clone();
+    for id in (2..=jobs).map(JobId) {
+        let mut job = first.clone();
+        (job.id, job.request_id) = (id, format!("r{id}").parse().unwrap());
+        env.store.jobs.insert(id, job);
+    }
+    env.restart();
+    env.words();
+}
+
+#[test]
+fn while_no_node_is_open_only_the_first_jobs_are_told() {
+    let mut env = TestEnv::new();
+    env.node(0);
+    restart_with(&mut env, cpus(8000), 3000);
+    env.schedule();
+    assert_eq!(
+        env.changes().len(),
+        BEHIND_TOLD + 1,
+        "a submit must not wait until every row is rewritten"
+    );
+    assert!(env.job(1).contains("UNREACHABLE"), "{}", env.job(1));
+    assert!(env.job(3000).contains("QUEUED"), "{}", env.job(3000));
+    env.schedule();
+    env.expect_all(&[], &[]);
+}
+
+#[test]
+fn jobs_that_cannot_fit_are_told_over_several_rounds() {
+    let mut env = TestEnv::new();
+    let open = env.node(0);
+    env.node(4);
+    let jobs = MAX_TOLD_PER_ROUND as u64 + 10;
+    restart_with(&mut env, gpu_spec(1, 4), jobs);
+    env.register(open, 0, vec![]);
+    env.words();
+    env.schedule();
+    assert_eq!(env.changes().len(), MAX_TOLD_PER_ROUND);
+    env.expect(&["schedule"]);
+    assert!(env.job(jobs).contains("QUEUED"), "{}", env.job(jobs));
+    env.schedule();
+    assert_eq!(env.changes().len(), 10);
+    env.expect(&[]);
+    let told = env.job(jobs);
+    assert!(told.contains("UNREACHABLE"), "{told}");
+    assert_eq!(env.job(1), told, "the same for all that ask for the same");
 }
 
 #[test]
