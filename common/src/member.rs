@@ -178,7 +178,7 @@ pub enum ObservedPhase {
 pub struct Cleanup {
     /// How it would end now. A rank that is still there has the status [`ExitStatus::Unknown`].
     pub ending: Ending,
-    /// What is left, at most [`MAX_LEFT_TOLD`](crate::limits::MAX_LEFT_TOLD) of it.
+    /// What is left, at most [`MAX_LEFT_TOLD`] of it.
     pub left: Vec<LeftProcess>,
     /// How many more are left.
     pub more: u32,
