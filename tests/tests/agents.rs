@@ -71,8 +71,10 @@ fn nothing_is_lost_while_the_agent_is_killed_again_and_again() {
     let machine = Machine::new();
     let cluster = machine.up(&[]);
     let gate = machine.dir("gate");
+    // The first rank that fails ends its gang, so the two wait for each other before they fail.
     let script = format!(
-        "i=0; while [ ! -e {} ]; do i=$((i+1)); echo line $i; [ $((i % 20)) = 0 ] && sleep 0.01; done; echo end $i; exit $((5 + RANK))",
+        "i=0; while [ ! -e {} ]; do i=$((i+1)); echo line $i; [ $((i % 20)) = 0 ] && sleep 0.01; done; echo end $i; \
+         : > ended.$RANK; [ $WORLD_SIZE = 1 ] || until [ -e ended.0 -a -e ended.1 ]; do sleep 0.01; done; exit $((5 + RANK))",
         gate.display()
     );
     let two = cluster.submit(&[
