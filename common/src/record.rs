@@ -114,6 +114,35 @@ pub struct TaskRecord {
     pub ended_at: Option<Timestamp>,
 }
 
+impl TaskRecord {
+    /// One that gets its first place now: nothing of it is counted yet.
+    #[must_use]
+    pub fn untried(
+        job: JobId,
+        index: TaskIndex,
+        owner: UserName,
+        workspace: WorkspaceName,
+        reason: Reason,
+    ) -> Self {
+        Self {
+            job,
+            index,
+            owner,
+            workspace,
+            state: JobState::Preparing,
+            reason,
+            attempts: 0,
+            failures: 0,
+            infrastructure_failures: 0,
+            early_ends: 0,
+            nodes_taken_down: Vec::new(),
+            exit: None,
+            checkpoints: Vec::new(),
+            ended_at: None,
+        }
+    }
+}
+
 /// One try to run a task.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttemptRecord {

@@ -129,21 +129,12 @@ fn job(id: u64, state: JobState, now: Timestamp) -> Record {
 }
 
 fn task(job: u64) -> Record {
+    let (owner, workspace) = (owner(), WorkspaceName::default_workspace());
+    let reason = Reason::new(ReasonCode::Queued, "runs");
     Record::Task(Box::new(TaskRecord {
-        job: JobId(job),
-        index: TaskIndex(0),
-        owner: owner(),
-        workspace: WorkspaceName::default_workspace(),
         state: JobState::Running,
-        reason: Reason::new(ReasonCode::Queued, "runs"),
         attempts: 1,
-        failures: 0,
-        infrastructure_failures: 0,
-        early_ends: 0,
-        nodes_taken_down: Vec::new(),
-        exit: None,
-        checkpoints: Vec::new(),
-        ended_at: None,
+        ..TaskRecord::untried(JobId(job), TaskIndex(0), owner, workspace, reason)
     }))
 }
 

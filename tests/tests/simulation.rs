@@ -14,7 +14,7 @@ const SEEDS: u64 = 60;
 /// Least that must happen in a seed, so that each is worth its time.
 const LEAST_EVENTS: u64 = 500;
 /// Runs of this many seeds reach everything that must happen.
-const ENOUGH_SEEDS: u64 = 400;
+const ENOUGH_SEEDS: u64 = 2000;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()

@@ -526,20 +526,9 @@ fn within(tasks: &TaskSet, wanted: TaskRange) -> Vec<TaskIndex> {
 }
 
 fn task_row(bundle: &BundleRecord, task: TaskIndex, state: JobState, reason: Reason) -> TaskRecord {
+    let (owner, workspace) = (bundle.owner.clone(), bundle.workspace.clone());
     TaskRecord {
-        job: bundle.id.job,
-        index: task,
-        owner: bundle.owner.clone(),
-        workspace: bundle.workspace.clone(),
         state,
-        reason,
-        attempts: 0,
-        failures: 0,
-        infrastructure_failures: 0,
-        early_ends: 0,
-        nodes_taken_down: Vec::new(),
-        exit: None,
-        checkpoints: Vec::new(),
-        ended_at: None,
+        ..TaskRecord::untried(bundle.id.job, task, owner, workspace, reason)
     }
 }

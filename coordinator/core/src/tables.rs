@@ -332,25 +332,9 @@ impl Tables {
             self.pending.remove(&id);
         }
         self.active.entry(id).or_default().preparing += 1;
-        self.tasks.insert(
-            (id, index),
-            TaskRecord {
-                job: id,
-                index,
-                owner: job.owner.clone(),
-                workspace: job.spec.workspace.clone(),
-                state: JobState::Preparing,
-                reason,
-                attempts: 0,
-                failures: 0,
-                infrastructure_failures: 0,
-                early_ends: 0,
-                nodes_taken_down: Vec::new(),
-                exit: None,
-                checkpoints: Vec::new(),
-                ended_at: None,
-            },
-        );
+        let (owner, workspace) = (job.owner.clone(), job.spec.workspace.clone());
+        let task = TaskRecord::untried(id, index, owner, workspace, reason);
+        self.tasks.insert((id, index), task);
         self.dirty.tasks.insert((id, index));
         self.dirty.jobs.insert(id);
         self.touched.insert(id);
