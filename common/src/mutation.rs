@@ -64,6 +64,13 @@ mutations! {
 
     // === coordinator: tasks and jobs ===
 
+    /// What would fit passes the first in line, which does not.
+    HeadIsPassed => ["I20"],
+    /// The job that waits longest is left out of a round.
+    OldestLeftOut => ["I20"],
+    /// One unfinished job more than there may be of one user is taken.
+    OneJobTooMany => ["I9"],
+
     /// A node's failure uses up one of the task's own retries.
     InterruptionIsFailure => ["P39"],
     /// A task is tried far more often than its job asks for.

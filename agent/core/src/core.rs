@@ -58,7 +58,7 @@ impl Core {
         let members = recovered.into_iter().map(|found| {
             let mut member = Member::recovered(found, now);
             // The first session begins with the whole set.
-            member.reported = member.observed().map(|observed| observed.phase);
+            member.reported = Some(member.observed().phase);
             (member.attempt, member)
         });
         Self {
@@ -174,7 +174,7 @@ impl Core {
     /// Every member that there is, for the start of a session.
     #[must_use]
     pub fn observed(&self) -> Vec<ObservedMember> {
-        self.members.values().filter_map(Member::observed).collect()
+        self.members.values().map(Member::observed).collect()
     }
 
     /// How a known member is started.
@@ -285,9 +285,13 @@ impl Core {
         let Some(member) = self.members.get_mut(&attempt) else {
             return;
         };
-        match member.stage {
-            Stage::Ended(_) if member.on_disk => {
-                member.enter(Stage::Removing { busy: false });
+        match &member.stage {
+            Stage::Ended(ending) if member.on_disk => {
+                let ending = ending.clone();
+                member.enter(Stage::Removing {
+                    ending,
+                    busy: false,
+                });
                 self.advance(now, attempt, out);
             }
             Stage::Ended(_) => self.on_removed(attempt),
@@ -473,7 +477,7 @@ impl Core {
                     .take_if(|_| !planted(Mutation::StopNotRepeated));
             }
             (Request::Upload, Stage::Uploading { busy, .. })
-            | (Request::Remove, Stage::Removing { busy }) => {
+            | (Request::Remove, Stage::Removing { busy, .. }) => {
                 *busy = planted(Mutation::UploadNotRepeated)
             }
             // What failed does not matter any more.
@@ -563,7 +567,7 @@ impl Core {
                     out.push(Effect::Upload { attempt, started });
                 }
             }
-            Stage::Removing { busy } => {
+            Stage::Removing { busy, .. } => {
                 if !rests && !*busy {
                     *busy = true;
                     member.backoff.begin();
@@ -623,9 +627,8 @@ impl Core {
         let Some(member) = self.members.get_mut(&attempt) else {
             return;
         };
-        if let Some(observed) = member.observed()
-            && member.reported.as_ref() != Some(&observed.phase)
-        {
+        let observed = member.observed();
+        if member.reported.as_ref() != Some(&observed.phase) {
             member.reported = Some(observed.phase.clone());
             out.push(Effect::Report(observed));
         }

@@ -59,6 +59,7 @@ pub(crate) enum Stage {
     Ended(Ending),
     /// The coordinator has its end on record.
     Removing {
+        ending: Ending,
         /// A removal is under way.
         busy: bool,
     },
@@ -193,7 +194,10 @@ impl Member {
         let mut ending = ending.clone();
         uploaded.complete(&mut ending);
         self.enter(match planted(Mutation::RemovedUnrecorded) {
-            true => Stage::Removing { busy: false },
+            true => Stage::Removing {
+                ending,
+                busy: false,
+            },
             false => Stage::Ended(ending),
         });
     }
@@ -232,8 +236,9 @@ impl Member {
         }
     }
 
-    /// How it looks to the coordinator; nothing once that has its end on record.
-    pub(crate) fn observed(&self) -> Option<ObservedMember> {
+    /// How it looks to the coordinator. Its end is told for as long as its directory is there: a coordinator with a restored
+    /// state does not know of it, and must not give its number to another attempt.
+    pub(crate) fn observed(&self) -> ObservedMember {
         let stopping = self.is_live() && matches!(self.want, Want::Stop(_));
         let phase = match &self.stage {
             Stage::CleanupPending(cleanup) => ObservedPhase::CleanupPending(cleanup.clone()),
@@ -247,14 +252,15 @@ impl Member {
                 started_at: *started_at,
             },
             Stage::Uploading { ending, .. } => ObservedPhase::Uploading(ending.clone()),
-            Stage::Ended(ending) => ObservedPhase::Ended(ending.clone()),
-            Stage::Removing { .. } => return None,
+            Stage::Ended(ending) | Stage::Removing { ending, .. } => {
+                ObservedPhase::Ended(ending.clone())
+            }
         };
-        Some(ObservedMember {
+        ObservedMember {
             attempt: self.attempt,
             node_rank: self.spec.node_rank,
             phase,
-        })
+        }
     }
 }
 

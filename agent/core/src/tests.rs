@@ -269,11 +269,13 @@ fn a_member_lives_from_prepare_to_forget() {
     let attempt = it;
     assert_eq!(
         env.tell(Event::UploadFinished { attempt, uploaded }),
-        [report(id, ObservedPhase::Ended(end))]
+        [report(id, ObservedPhase::Ended(end.clone()))]
     );
     assert_eq!(env.tell(Event::ForgetRequested(it)), [Effect::Remove(it)]);
-    assert_eq!(env.core.observed(), []);
+    // A new session is told of it until its directory is gone.
+    assert_eq!(env.phase(id), ObservedPhase::Ended(end));
     assert_eq!(env.tell(Event::Removed(it)), []);
+    assert_eq!(env.core.observed(), []);
     assert_eq!(env.core.next_deadline(), None);
 }
 

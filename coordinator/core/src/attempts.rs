@@ -64,10 +64,11 @@ impl Core {
         let Some(attempt) = self.t.attempts.get(&id) else {
             return;
         };
+        // One that its agent ends, as it could not be prepared, is beyond that phase and was never ready.
         let all_ready = attempt
             .members
             .iter()
-            .all(|member| member.phase >= MemberPhase::Ready && !is_released(member.phase));
+            .all(|member| matches!(member.phase, MemberPhase::Ready | MemberPhase::Running));
         let all_ready = all_ready || planted(Mutation::GoWhenAnyReady);
         if attempt.outcome.is_some() || attempt.ready_at.is_some() || !all_ready {
             return;

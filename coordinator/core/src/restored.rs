@@ -33,9 +33,14 @@ impl Awaited {
 }
 
 impl Core {
-    /// Whether every node that had to be heard of after a restored backup was, or was given up. True if none was restored.
+    /// Whether the next start need not wait again for what nodes of a restored backup say: each of them was heard of or
+    /// given up, and no attempt number is known from them alone. True if none was restored.
     #[must_use]
     pub fn is_reconciled(&self) -> bool {
+        self.was_told() && self.live.floors.is_empty()
+    }
+
+    fn was_told(&self) -> bool {
         self.live.awaited.nodes.is_empty()
     }
 
@@ -61,7 +66,7 @@ impl Core {
 
     /// Strikes off what is no longer there, or everything if it took too long; says whether placement has to wait.
     pub(crate) fn awaits_nodes(&mut self, now: Timestamp) -> bool {
-        if self.is_reconciled() {
+        if self.was_told() {
             return false;
         }
         if now >= self.live.awaited.until {
@@ -75,7 +80,7 @@ impl Core {
         };
         self.live.awaited.nodes.retain(there);
         self.weigh_awaited();
-        !self.is_reconciled()
+        !self.was_told()
     }
 
     /// Tells the jobs that would be next what they wait for.
@@ -93,7 +98,7 @@ impl Core {
     }
 
     fn weigh_awaited(&mut self) {
-        if self.is_reconciled() {
+        if self.was_told() {
             self.wants_schedule = true;
             let message = "the restored state agrees with its nodes; jobs are placed again";
             self.note(Urgency::Info, ReasonCode::InSession, message.to_owned());

@@ -167,6 +167,7 @@ impl World {
             None => {
                 self.see("bundle handed");
                 self.check_placed(&id.to_string());
+                self.note_placed(id.job, [bundle.node]);
             }
         }
         let old = before.as_ref().map(|before| before.tasks.clone());

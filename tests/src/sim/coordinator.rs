@@ -593,6 +593,7 @@ impl World {
 
     fn make_durable(&mut self, at: Timestamp, records: &[Record]) {
         self.before_commit();
+        self.order_before_commit(records);
         for record in records {
             self.check_row(record);
             self.say(format!("on disk: {}", super::words::short_row(record)));
@@ -604,6 +605,7 @@ impl World {
         }
         self.check_rows();
         self.check_budget();
+        self.check_order();
     }
 
     // === words ===

@@ -24,6 +24,7 @@
 //! | I1 to I5, I7, I8, I11, I13, I16, I18 for bundles and tasks in them | `carried` |
 //! | I19 every loop ends | `world` |
 //! | P39 a task is tried as often as its job asks for, and failures of nodes do not count | `duties` |
+//! | I9 no more unfinished jobs than there may be, of all and of one user; I20 nothing passes a job that could have had its place | `order` |
 //! | policy: nothing new on a node that an operator closed | `duties` |
 //! | I3, I4, I8, I13, I16 for what is decided and asked for | `duties` |
 //! | I21 to I24 what can finish does; nodes are back; nothing is left; the view is the truth | `calm` |
@@ -32,8 +33,8 @@
 //! `corner` holds all of them against an end of each process at each boundary between two effects, and against each order
 //! of two messages that are under way at the same time.
 //!
-//! Not checked, because there is nothing yet that could break them: I9 (quotas), I14 and I15 (machines that cost money),
-//! I20 (priorities). Bytes of logs (the second half of I13) are no matter of the cores and are tested with real processes.
+//! Not checked, because there is nothing yet that could break them: quotas of amounts (I9), I14 and I15 (machines that cost
+//! money), priorities (I20). Bytes of logs (the second half of I13) are no matter of the cores and are tested with real processes.
 
 mod agent;
 mod bundles;
@@ -55,6 +56,7 @@ mod host;
 mod lanes;
 mod network;
 mod oracle;
+mod order;
 mod quarantine;
 mod rng;
 mod runtime;
@@ -200,6 +202,8 @@ fn told(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// What a run of many seeds has to reach: a simulation in which nothing goes wrong proves nothing.
 pub const MUST_HAPPEN: &[&str] = &[
+    "placed while an earlier job waits",
+    "as many jobs as there may be",
     "submit accepted",
     "submit repeated",
     "request id with another body refused",

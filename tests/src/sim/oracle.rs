@@ -20,6 +20,7 @@ use super::clock::{Micros, micros};
 use super::coordinator::PAUSE;
 use super::duties::Duties;
 use super::host::Role;
+use super::order::Order;
 use super::quarantine::is_lingering;
 use super::store::{Rows, awaited};
 use super::world::World;
@@ -44,6 +45,7 @@ pub(crate) struct Oracle {
     greetings: BTreeMap<NodeId, VecDeque<Greeting>>,
     pub(crate) carried: Carried,
     pub(crate) duties: Duties,
+    pub(crate) order: Order,
     /// Nodes that an operator vouched for or removed.
     pub(crate) vouched: BTreeSet<NodeId>,
     pub(crate) accepted: BTreeMap<u64, (Digest, JobId)>,
@@ -475,6 +477,7 @@ impl World {
                 let carried = node.is_some_and(|node| self.is_carried(id, node));
                 if !carried && attempt.outcome.is_none() {
                     self.check_placed(&id.to_string());
+                    self.note_placed(id.job, attempt.members.iter().map(|member| member.node));
                     self.check_above(id);
                 }
                 self.check_attempts_bounded(attempt);
@@ -665,6 +668,12 @@ impl World {
             return;
         };
         for node_rank in 0..spec.nodes {
+            // Two machines with one identity ran it, and each rank ended twice.
+            let member = usize::try_from(node_rank).ok();
+            let member = member.and_then(|rank| attempt.members.get(rank));
+            if member.is_some_and(|member| self.is_doubled(member.node)) {
+                continue;
+            }
             let first = node_rank * spec.procs_per_node;
             let count = match spec.launcher {
                 trainyard_common::spec::Launcher::Torchrun => 1,

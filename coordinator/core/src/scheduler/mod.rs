@@ -45,7 +45,9 @@ impl Core {
             placements: MAX_PLACEMENTS_PER_ROUND,
             behind: BEHIND_TOLD,
         };
-        let groups = self.t.pending.iter().filter_map(|id| self.t.jobs.get(id));
+        let passed = usize::from(planted(Mutation::OldestLeftOut));
+        let waiting = self.t.pending.iter().skip(passed);
+        let groups = waiting.filter_map(|id| self.t.jobs.get(id));
         let plan = solve(
             &mut nodes,
             groups.flat_map(|job| self.groups(now, job, &models)),
@@ -319,7 +321,8 @@ impl Core {
             }
         };
         let key = (placement.job, index);
-        let floor = self.live.floors.get(&key).copied().unwrap_or_default();
+        // From now on the row knows.
+        let floor = self.live.floors.remove(&key).unwrap_or_default();
         let task = self.t.task_mut(key)?;
         let step = u32::from(task.attempts == 0 || !planted(Mutation::RetryKeepsNumber));
         task.attempts = task.attempts.max(floor).saturating_add(step);

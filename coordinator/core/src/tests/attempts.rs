@@ -191,6 +191,27 @@ fn a_gang_goes_when_all_its_members_are_ready() {
 }
 
 #[test]
+fn a_gang_does_not_go_while_a_member_is_being_ended() {
+    let mut env = TestEnv::new();
+    env.node(4);
+    env.node(4);
+    env.submit("alice", "r1", gpu_spec(2, 4));
+    env.schedule();
+    env.words();
+    // It could not be prepared, and what there is of it is not gone yet.
+    env.report(2, "j1.0.1", 1, ObservedPhase::Stopping);
+    env.report(1, "j1.0.1", 0, ObservedPhase::Ready { port: 40 });
+    env.expect(&[]);
+    let failed = ObservedPhase::Ended(ending(EndCause::PrepareFailed, 1, &[]));
+    env.report(2, "j1.0.1", 1, failed);
+    let words = env.words();
+    assert!(
+        words.iter().any(|word| word.starts_with("n1: stop j1.0.1")),
+        "{words:?}"
+    );
+}
+
+#[test]
 fn members_that_end_well_do_not_end_the_others() {
     let mut env = TestEnv::new();
     env.node(0);

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use trainyard_common::ids::NodeId;
+use trainyard_common::member::{ObservedMember, ObservedPhase};
 
-use crate::testing::{TestEnv, job_spec};
+use crate::testing::{TestEnv, attempt, completed, job_spec};
 use crate::{Core, Snapshot};
 
 /// Two ready nodes and a job that waits, as a backup holds them.
@@ -67,4 +68,22 @@ fn a_pause_of_our_own_is_no_time_in_which_a_node_could_speak() {
     assert!(waits(&mut env));
     env.pass(Duration::from_secs(1));
     assert!(!waits(&mut env));
+}
+
+#[test]
+fn a_start_waits_again_while_only_a_node_knows_the_number_of_an_attempt() {
+    let mut env = restored();
+    let newer = ObservedMember {
+        attempt: attempt("j1.0.3"),
+        node_rank: 0,
+        phase: ObservedPhase::Ended(completed(0)),
+    };
+    env.register(NodeId(1), 0, vec![newer]);
+    env.register(NodeId(2), 0, vec![]);
+    assert!(
+        !env.core.is_reconciled(),
+        "a start would give number 1 to the next attempt"
+    );
+    assert!(!waits(&mut env));
+    assert!(env.core.is_reconciled(), "{}", env.job(1));
 }
