@@ -48,21 +48,11 @@ pub(crate) fn job(id: u64, state: JobState) -> JobRecord {
 }
 
 pub(crate) fn task(job: u64, index: u32, state: JobState) -> TaskRecord {
+    let (owner, workspace) = ("anna".parse().unwrap(), WorkspaceName::default_workspace());
     TaskRecord {
-        job: JobId(job),
-        index: TaskIndex(index),
-        owner: "anna".parse().unwrap(),
-        workspace: WorkspaceName::default_workspace(),
         state,
-        reason: reason(),
         attempts: 1,
-        failures: 0,
-        infrastructure_failures: 0,
-        early_ends: 0,
-        nodes_taken_down: Vec::new(),
-        exit: None,
-        checkpoints: Vec::new(),
-        ended_at: None,
+        ..TaskRecord::untried(JobId(job), TaskIndex(index), owner, workspace, reason())
     }
 }
 
