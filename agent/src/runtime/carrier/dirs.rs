@@ -343,6 +343,9 @@ mod tests {
         let mut dirs = slot(root, None);
         dirs.prepare().unwrap();
         let first = inodes(root);
+        // A number is not given again while its directory is open, also when the cleaner has deleted it.
+        let open = |name| std::fs::File::open(root.join("slots/0").join(name)).unwrap();
+        let _held = ["work", "outputs", "checkpoint", "tmp"].map(open);
         assert_eq!(dirs.collect(TaskIndex(0)), Left::default());
         dirs.prepare().unwrap();
         assert_eq!(inodes(root), first);
